@@ -1,0 +1,94 @@
+"""Errors and refusals: what went wrong, where, and the way out.
+
+Codes are stable: CP0xx options and call, CP1xx find, CP2xx shard, CP3xx plan, CP4xx verify, CP5xx lower, CP6xx run time.
+
+`torch.compile` wraps whatever a backend raises: users catch `torch._dynamo.exc.BackendCompilerFailed` and find the
+`CPError` as its `inner_exception` (`cppass.unwrap` returns it).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+class CPError(RuntimeError):
+    """Base of every error cppass raises on purpose.
+
+    Args:
+        code: stable code such as "CP001".
+        message: what was seen and what is supported.
+        hint: what the user can do about it.
+    """
+
+    def __init__(self, code: str, message: str, hint: str = "") -> None:
+        self.code, self.message, self.hint = code, message, hint
+        super().__init__(f"[{code}] {message}" + (f"\n  way out: {hint}" if hint else ""))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild, (type(self), self.code, self.message, self.hint))
+
+
+def _rebuild(cls: type[CPError], code: str, message: str, hint: str) -> CPError:
+    error = cls.__new__(cls)
+    CPError.__init__(error, code, message, hint)
+    return error
+
+
+class OptionError(CPError, ValueError):
+    """An option or argument is unknown or has a value that is not allowed (CP0xx)."""
+
+
+class Unsupported(CPError, NotImplementedError):
+    """A named feature that cppass does not rewrite (yet). Nothing was rewritten."""
+
+
+class RefusedError(CPError):
+    """The graph holds something that cannot be rewritten correctly; nothing was rewritten."""
+
+    def __init__(self, refusals: tuple[Refusal, ...]) -> None:
+        self.refusals = refusals
+        first, rest = refusals[0], len(refusals) - 1
+        more = f"\n  and {rest} more of the same kind" if rest else ""
+        super().__init__(first.code, first.why + first.place() + more, first.hint)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (RefusedError, (self.refusals,))
+
+
+class VerifyError(CPError):
+    """The rewritten graph is not a legal one: a bug of cppass, caught before it could give a wrong number (CP4xx)."""
+
+
+class InternalError(CPError):
+    """Something below or inside cppass failed while compiling; the cause is chained (CP9xx)."""
+
+
+class CPWarning(UserWarning):
+    """Results stay right, but not as fast as they could be."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """Why a node was not rewritten.
+
+    Attributes:
+        code: stable code such as "CP101".
+        node: name of the FX node.
+        op: the node's target, as text.
+        why: what was seen and why it cannot be rewritten.
+        hint: the way out.
+        where: "file:line in function: source" of the user's code, where the graph knows it.
+    """
+
+    code: str
+    node: str
+    op: str
+    why: str
+    hint: str = ""
+    where: str = ""
+
+    def place(self) -> str:
+        return f"\n  at node {self.node} ({self.op})" + (f"\n  from {self.where}" if self.where else "")
+
+    def __str__(self) -> str:
+        return f"[{self.code}] {self.why}{self.place()}" + (f"\n  way out: {self.hint}" if self.hint else "")

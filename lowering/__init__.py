@@ -1,0 +1,1 @@
+"""Targets: each subpackage turns canonical `cppass::` ops into what one target runs."""

@@ -1,0 +1,1 @@
+"""The host target: gloo functional collectives and efficient CPU attention. Needs torch alone."""
