@@ -1,3 +1,61 @@
-"""cppass: prefill context parallelism as a torch.compile pass."""
+"""cppass: prefill context parallelism as a torch.compile pass.
+
+    torch.compile(model, backend="npu_cp", options={...})
+
+Everything public is here; what needs torch is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from cppass.config import CPConfig
+from cppass.errors import CPError, CPWarning, OptionError, Refusal, RefusedError, Unsupported, VerifyError
+
+if TYPE_CHECKING:
+    from cppass.api import explain, run_pass, unwrap
+    from cppass.backend import npu_cp
+    from cppass.report import Report, clear_reports, last_report, reports
+    from cppass.simulate import simulate
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "CPConfig",
+    "CPError",
+    "CPWarning",
+    "OptionError",
+    "Refusal",
+    "RefusedError",
+    "Report",
+    "Unsupported",
+    "VerifyError",
+    "__version__",
+    "clear_reports",
+    "explain",
+    "last_report",
+    "npu_cp",
+    "reports",
+    "run_pass",
+    "simulate",
+    "unwrap",
+]
+
+_LATE = {
+    "explain": "cppass.api",
+    "run_pass": "cppass.api",
+    "unwrap": "cppass.api",
+    "npu_cp": "cppass.backend",
+    "Report": "cppass.report",
+    "clear_reports": "cppass.report",
+    "last_report": "cppass.report",
+    "reports": "cppass.report",
+    "simulate": "cppass.simulate",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATE:
+        return getattr(importlib.import_module(_LATE[name]), name)
+    raise AttributeError(f"module 'cppass' has no attribute {name!r}")

@@ -1,0 +1,139 @@
+"""npu_cp: the backend of torch.compile. Dynamo graph -> AOT -> the pass -> a target -> what runs.
+
+    torch.compile(model, backend="npu_cp", options={"inner": "eager"})
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from cppass import torch_private
+from cppass.config import CPConfig
+from cppass.errors import CPError, CPWarning, InternalError, OptionError, RefusedError
+from cppass.guard import agree_on_inputs
+from cppass.pipeline import rewrite_graph
+from cppass.ranks import ranks_of
+from cppass.report import REFUSED, REWRITTEN, Report, record
+from cppass.target import Ranks, load
+
+Compiled = Callable[..., Any]
+
+
+def npu_cp(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Compiled:
+    """The backend: called by Dynamo once per graph. Options are the fields of CPConfig.
+
+    Raises:
+        CPError: wrong options, gradients, a graph that cannot be rewritten (wrapped by Dynamo as the `inner_exception` of
+            BackendCompilerFailed). Under `suppress_errors` Dynamo would run the model silently unsharded instead, so
+            then the error is raised by the compiled graph when it is called.
+    """
+    try:
+        config = CPConfig.from_options(options, mode)
+        _refuse_suppressed_errors()
+        _warn_of_recompile_limit(config)
+        ranks = ranks_of(config)
+        return _through_aot(gm, example_inputs, config, ranks)
+    except torch_private.RESTARTS:
+        raise
+    except Exception as error:
+        failure = error if isinstance(error, CPError) else _internal(error)
+        if torch._dynamo.config.suppress_errors:
+            return _raising(failure)
+        if failure is error:
+            raise
+        raise failure from error
+
+
+def _through_aot(gm: fx.GraphModule, example_inputs: Sequence[Any], config: CPConfig, ranks: Ranks) -> Compiled:
+    """AOT: functional aten graph, input mutations as a copy_ epilogue. No gradients."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    def inference(aot_gm: fx.GraphModule, aot_inputs: Sequence[Any]) -> Compiled:
+        return compile_graph(aot_gm, aot_inputs, config, ranks)
+
+    compiler = aot_autograd(
+        fw_compiler=_refuse_gradients, inference_compiler=inference, keep_inference_input_mutations=True
+    )
+    return compiler(gm, example_inputs)  # type: ignore[no-any-return]
+
+
+def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: CPConfig, ranks: Ranks) -> Compiled:
+    """One functional aten graph -> what runs it on this rank. Boxed or plain, as the target returns it."""
+    report = rewrite_graph(gm, config, ranks.cp_size)
+    number = torch_private.compile_number()
+    report = dataclasses.replace(report, graph=number[0] if number else "")
+    record(report)
+    if report.status == REFUSED:
+        _refused(report, config)
+    target = load("host")
+    if report.status == REWRITTEN:
+        target.lower(gm, ranks)
+    run = target.compile(gm, example_inputs, config.inner)
+    if report.status == REWRITTEN and config.check_inputs:
+        return agree_on_inputs(run, ranks)
+    return run
+
+
+def _refused(report: Report, config: CPConfig) -> None:
+    error = RefusedError(report.refusals)
+    if config.on_refusal == "raise":
+        raise error
+    warnings.warn(f"cppass: this graph runs unsharded on every rank: {error}", CPWarning, stacklevel=2)
+
+
+def _refuse_gradients(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
+    raise OptionError(
+        "CP007",
+        "gradients are needed for this graph; npu_cp compiles inference only",
+        "call the compiled model under torch.no_grad() or torch.inference_mode()",
+    )
+
+
+def _refuse_suppressed_errors() -> None:
+    if torch._dynamo.config.suppress_errors:
+        raise OptionError(
+            "CP008",
+            "torch._dynamo.config.suppress_errors is set: a failure would silently run the model unsharded",
+            "set torch._dynamo.config.suppress_errors = False (and unset TORCHDYNAMO_SUPPRESS_ERRORS)",
+        )
+
+
+def _warn_of_recompile_limit(config: CPConfig) -> None:
+    """Past its limit Dynamo runs a function eagerly: right, but on every rank the whole of it."""
+    number = torch_private.compile_number()
+    limit = torch._dynamo.config.recompile_limit
+    if number is None or number[1] + 1 < limit:
+        return
+    note = (
+        f"graph {number[0]} is the last one Dynamo compiles for this function (recompile_limit={limit}): calls that fit "
+        "none of its graphs will run eagerly, unsharded, on every rank"
+    )
+    record(Report("left alone", reason=note, graph=number[0]))
+    warnings.warn(f"cppass: {note}; use dynamic=True, or raise the limit", CPWarning, stacklevel=2)
+
+
+def _internal(error: Exception) -> InternalError:
+    return InternalError(
+        "CP901",
+        f"compilation failed: {type(error).__name__}: {error}",
+        "please report this with the traceback; on_refusal does not cover it, backend='eager' runs the model unsharded",
+    )
+
+
+def _raising(error: CPError) -> Compiled:
+    def run(*args: Any) -> Any:
+        raise error
+
+    return run

@@ -1,0 +1,109 @@
+"""CPConfig: every option of the backend, documented and checked. Built from torch.compile(options=...)."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from cppass.errors import OptionError, Unsupported
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "inputs": ("replicated", "sharded"),
+    "target": ("auto", "host", "npu"),
+    "on_refusal": ("raise", "fallback"),
+    "inner": ("auto", "eager", "inductor"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class CPConfig:
+    """Options of `torch.compile(model, backend="npu_cp", options={...})`.
+
+    Attributes:
+        group: the ranks that share a sequence: a ProcessGroup, its name, or a one-dimensional DeviceMesh. None: the world.
+        cp_size: number of ranks where there is no group (run_pass, explain); with a group it must agree with it.
+        rank: this rank's number in the group where there is no group; 0 by default.
+        inputs: "replicated": every rank is handed the same full inputs and gets the full outputs.
+        target: which ops are emitted: "host", "npu", or "auto" (npu where there is one, else host).
+        inner: what compiles the rewritten graph. host: "eager" ("auto") or "inductor".
+        on_refusal: "raise", or "fallback": run the graph unsharded, with a warning and a report.
+        strict: True refuses an op that has no rule; False gathers its inputs, goes on and reports it.
+        min_tokens: graphs with fewer tokens are left alone; at least 2 * cp_size tokens are needed in any case.
+        check_inputs: compare a hash of the token ids over the ranks before each step.
+        mode: torch.compile's mode; accepted and recorded, it changes nothing.
+    """
+
+    group: Any = None
+    cp_size: int | None = None
+    rank: int | None = None
+    inputs: str = "replicated"
+    target: str = "auto"
+    inner: str = "auto"
+    on_refusal: str = "raise"
+    strict: bool = False
+    min_tokens: int = 0
+    check_inputs: bool = False
+    mode: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise _bad(name, getattr(self, name), "one of " + ", ".join(repr(a) for a in allowed))
+        for name in ("strict", "check_inputs"):
+            if not isinstance(getattr(self, name), bool):
+                raise _bad(name, getattr(self, name), "True or False")
+        _check_int("cp_size", self.cp_size, 1, optional=True)
+        _check_int("rank", self.rank, 0, optional=True)
+        _check_int("min_tokens", self.min_tokens, 0)
+        if self.rank is not None and self.cp_size is not None and self.rank >= self.cp_size:
+            raise _bad("rank", self.rank, f"an int below cp_size={self.cp_size}")
+        if self.mode is not None and not isinstance(self.mode, str):
+            raise _bad("mode", self.mode, "a string or None")
+        if self.group is not None and not _is_group(self.group):
+            raise _bad("group", self.group, "a ProcessGroup, the name of one, or a one-dimensional DeviceMesh")
+        for name, value, issue in (("inputs", "sharded", ""), ("target", "npu", ""), ("check_inputs", True, "")):
+            if getattr(self, name) == value:
+                raise Unsupported(
+                    "CP002",
+                    f"option {name}={value!r} is not implemented in this version{issue}",
+                    f"leave {name} at its default, {getattr(type(self), name)!r}",
+                )
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any] | None, mode: str | None = None) -> CPConfig:
+        """The config of a torch.compile call.
+
+        Raises:
+            OptionError: an option is unknown (CP001) or has a value that is not allowed (CP003).
+        """
+        given = dict(options or {})
+        names = [f.name for f in dataclasses.fields(cls)]
+        for name in given:
+            if name not in names:
+                close = difflib.get_close_matches(str(name), names, 1)
+                meant = f"did you mean {close[0]!r}? " if close else ""
+                raise OptionError(
+                    "CP001", f"unknown option {name!r} (given {given[name]!r})", f"{meant}options are {', '.join(names)}"
+                )
+        if mode is not None:
+            given.setdefault("mode", mode)
+        return cls(**given)
+
+
+def _bad(name: str, value: object, allowed: str) -> OptionError:
+    return OptionError("CP003", f"option {name}={value!r} is not allowed", f"{name} is {allowed}")
+
+
+def _check_int(name: str, value: object, least: int, optional: bool = False) -> None:
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise _bad(name, value, f"an int of {least} or more" + (", or None" if optional else ""))
+
+
+def _is_group(value: object) -> bool:
+    """By name of type, so that checking options imports no torch.distributed."""
+    kinds = {c.__name__ for c in type(value).__mro__}
+    return isinstance(value, str) or bool(kinds & {"ProcessGroup", "DeviceMesh"})

@@ -1,0 +1,123 @@
+"""The model, the prompt and the caches of a run: transformers' public parts, and nothing of cppass."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cppass.demo.job import Job, count
+from cppass.demo.presets import PRESETS
+from cppass.demo.results import ModelFacts
+from cppass.errors import OptionError
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedConfig, PreTrainedModel
+
+
+def build(job: Job) -> PreTrainedModel:
+    """The causal LM of the job in eval mode: the same weights in every process, by seed or from the same files.
+
+    Raises:
+        OptionError: CP051, the directory holds no causal LM that transformers knows, or fewer layers than asked for.
+    """
+    from transformers import AutoModelForCausalLM
+
+    how: dict[str, Any] = {"dtype": getattr(torch, job.dtype), "attn_implementation": job.attention}
+    torch.manual_seed(job.seed)
+    if job.model is None:
+        config = PRESETS[job.preset].config(job.layers, job.vocab, job.tokens + job.decode)
+        return AutoModelForCausalLM.from_config(config, **how).eval()
+    config = _checkpoint_config(job)
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(job.model, config=config, local_files_only=True, **how)
+    except (OSError, ValueError) as error:
+        raise OptionError("CP051", f"cannot load {job.model!r}: {_first_line(error)}", "see --model") from error
+    return loaded.eval()
+
+
+def _checkpoint_config(job: Job) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(job.model, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise OptionError(
+            "CP051", f"cannot read the config of {job.model!r}: {_first_line(error)}", "transformers must know its type"
+        ) from error
+    text = config.get_text_config(decoder=True)
+    if job.layers is not None:
+        if job.layers > text.num_hidden_layers:
+            has = count(text.num_hidden_layers, "layer")
+            raise OptionError("CP051", f"--layers {job.layers}, but {job.model!r} has {has}", f"give at most {has}")
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[: job.layers]
+        text.num_hidden_layers = job.layers
+    return config
+
+
+def facts(job: Job, model: PreTrainedModel) -> ModelFacts:
+    """What was built, in numbers."""
+    config = model.config.get_text_config(decoder=True)
+    heads = config.num_attention_heads
+    return ModelFacts(
+        family=config.model_type,
+        parameters=sum(p.numel() for p in model.parameters()),
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        heads=heads,
+        kv_heads=_kv_heads(config),
+        head_dim=_head_dim(config),
+        vocab=config.vocab_size,
+        experts=getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None) or 0,
+        note=_note(job, config.num_hidden_layers, config.vocab_size),
+    )
+
+
+def _note(job: Job, layers: int, vocab: int) -> str:
+    if job.model is not None:
+        return f"first {count(layers, 'layer')} of the checkpoint" if job.layers else ""
+    preset, cut = PRESETS[job.preset], []
+    if preset.real_layers and layers != preset.real_layers:
+        cut.append(f"{layers} of {preset.real_layers} layers")
+    if preset.real_vocab and vocab != preset.real_vocab:
+        cut.append(f"vocabulary {vocab:,} of {preset.real_vocab:,}")
+    return ", ".join(["random weights", *cut])
+
+
+def prompt(job: Job, vocab: int) -> torch.Tensor:
+    """Random token ids [batch, tokens], the same in every process."""
+    return torch.randint(0, vocab, (job.batch, job.tokens), generator=torch.Generator().manual_seed(job.seed))
+
+
+def fresh_cache(job: Job, model: PreTrainedModel) -> Cache | None:
+    """An empty cache for one prefill and its decode steps. A static one is allocated here, outside the compiled code."""
+    from transformers import DynamicCache, StaticCache
+
+    if job.cache == "none":
+        return None
+    if job.cache == "dynamic":
+        return DynamicCache(config=model.config)
+    cache = StaticCache(config=model.config, max_cache_len=job.tokens + job.decode)
+    config = model.config.get_text_config(decoder=True)
+    cache.early_initialization(job.batch, _kv_heads(config), _head_dim(config), model.dtype, model.device)
+    return cache
+
+
+def keys_and_values(cache: Cache | None) -> list[torch.Tensor]:
+    """K and V of every layer that has them, [batch, kv_heads, length, head_dim], in layer order."""
+    pairs = [(layer.keys, layer.values) for layer in cache.layers] if cache is not None else []
+    return [t for pair in pairs for t in pair if isinstance(t, torch.Tensor)]
+
+
+def _kv_heads(config: PreTrainedConfig) -> int:
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+
+def _head_dim(config: PreTrainedConfig) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

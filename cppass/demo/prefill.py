@@ -1,0 +1,177 @@
+"""The job of one process: build, prefill and time, decode, compare. A rank and a plain device run the same lines."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cppass.demo import memory
+from cppass.demo.job import BACKEND, Job, Phase
+from cppass.demo.model import build, facts, fresh_cache, keys_and_values, prompt
+from cppass.demo.results import Comparison, ProcessResult, Rewriting
+from cppass.errors import CPError
+
+if TYPE_CHECKING:
+    from transformers import Cache
+
+Say = Callable[[str], None]
+Barrier = Callable[[], None]
+Forward = Callable[..., Any]
+
+REFERENCE = "one_device.pt"
+
+
+@torch.no_grad()
+def run_process(job: Job, phase: Phase, folder: Path, say: Say, barrier: Barrier) -> ProcessResult:
+    """Run one process of a phase.
+
+    Args:
+        folder: where one device leaves its logits, tokens and caches, and ranks find them.
+        say: told what starts next, `steps(job)` times.
+        barrier: passed before each timed prefill; does nothing where there is one process.
+
+    Raises:
+        CPError: from the backend, or CP652 where a rank's cache has another shape than one device's.
+    """
+    torch.set_num_threads(phase.threads)
+    say("building the model")
+    model = build(job)
+    known = facts(job, model)
+    ids = prompt(job, known.vocab)
+    forward = compiled(job, model) if phase.compiled else model
+
+    say("compiling, first prefill" if phase.compiled else "first prefill, untimed")
+    barrier()
+    first, _, _ = timed_prefill(forward, ids, fresh_cache(job, model))
+    rewriting = reported() if phase.compiled else None
+
+    was_reset = memory.reset_peak()
+    seconds = []
+    for i in range(job.repeat):
+        say(f"prefill {i + 1} of {job.repeat}")
+        cache = fresh_cache(job, model)
+        barrier()
+        elapsed, logits, token = timed_prefill(forward, ids, cache)
+        seconds.append(elapsed)
+    peak, method = memory.peak_bytes(was_reset)
+
+    say("decoding, comparing")
+    kept = [logits, *keys_and_values(cache)]
+    digest = hashlib.sha256()
+    absorb(digest, kept[1:])
+    if phase.reference == "write":
+        torch.save(kept, folder / REFERENCE)
+    errors = compare(kept, folder / REFERENCE) if phase.reference == "compare" else None
+    del kept
+    tokens = decode(forward, token, cache, job.decode)
+    absorb(digest, keys_and_values(cache))
+    return ProcessResult(
+        model=known,
+        first_seconds=first,
+        prefill_seconds=tuple(seconds),
+        tokens=tuple(tuple(row) for row in tokens.tolist()),
+        cache_digest=digest.hexdigest() if cache is not None else "",
+        peak_bytes=peak,
+        peak_method=method,
+        comparison=errors,
+        rewriting=rewriting,
+    )
+
+
+def steps(job: Job) -> int:
+    """How often `run_process` calls `say`."""
+    return job.repeat + 3
+
+
+def compiled(job: Job, model: torch.nn.Module) -> Forward:
+    """The one line this product is about."""
+    if job.dynamic is False:  # a dynamic cache grows with each step, so a static graph is compiled for each step
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, job.decode + 4)
+    options = {"inner": job.inner} if BACKEND == "npu_cp" else {}
+    return torch.compile(model, backend=BACKEND, dynamic=job.dynamic, options=options)
+
+
+def timed_prefill(
+    forward: Forward, ids: torch.Tensor, cache: Cache | None
+) -> tuple[float, torch.Tensor, torch.Tensor]:
+    """Time to first token: seconds, last token's logits [batch, vocab], first generated token [batch, 1]."""
+    start = time.perf_counter()
+    logits = last_logits(forward, ids, cache)
+    token = logits.argmax(-1, keepdim=True)
+    return time.perf_counter() - start, logits, token
+
+
+def decode(forward: Forward, token: torch.Tensor, cache: Cache | None, count: int) -> torch.Tensor:
+    """Greedy decoding after a prefill: ids [batch, count + 1], the given first token among them."""
+    tokens = [token]
+    for _ in range(count):
+        tokens.append(last_logits(forward, tokens[-1], cache).argmax(-1, keepdim=True))
+    return torch.cat(tokens, dim=-1)
+
+
+def last_logits(forward: Forward, ids: torch.Tensor, cache: Cache | None) -> torch.Tensor:
+    out = forward(input_ids=ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=1)
+    logits: torch.Tensor = out.logits[:, -1]
+    return logits
+
+
+def reported() -> Rewriting:
+    """What cppass says about the graphs of the first prefill, summed where graph breaks left several."""
+    import cppass
+
+    reports = cppass.reports()
+    chosen = [r for r in reports if r.status == "rewritten"] or list(reports)
+    if not chosen:
+        raise CPError("CP653", "the backend reported nothing about this model", "is anything of it compiled?")
+    received = [r.received_bytes for r in chosen]
+    return Rewriting(
+        status=chosen[0].status,
+        sites=sum(len(r.sites) for r in chosen),
+        collectives=sum(r.collectives for r in chosen),
+        received_bytes=None if None in received else sum(received),
+        text="\n".join(str(r) for r in chosen),
+    )
+
+
+def compare(found: list[torch.Tensor], reference: Path) -> Comparison:
+    """[logits, K, V, K, V, ...] after prefill against those that one device saved. Tokens are compared later.
+
+    Raises:
+        CPError: CP652, another number of caches or another shape.
+    """
+    expected: list[torch.Tensor] = torch.load(reference, weights_only=True, mmap=True)
+    if [t.shape for t in found] != [t.shape for t in expected]:
+        seen, want = ([tuple(t.shape) for t in side[1:3]] for side in (found, expected))
+        raise CPError(
+            "CP652",
+            f"caches are {seen} (first layer, {len(found) - 1} in all), on one device {want} ({len(expected) - 1})",
+            "this is a bug of cppass: full caches are promised",
+        )
+    caches = list(zip(found[1:], expected[1:], strict=True))
+    return Comparison(
+        logits_error=largest(found[0], expected[0]),
+        logits_scale=largest(expected[0]),
+        cache_error=max((largest(a, b) for a, b in caches), default=0.0),
+        cache_scale=max((largest(b) for _, b in caches), default=0.0),
+    )
+
+
+def largest(a: torch.Tensor, b: torch.Tensor | None = None) -> float:
+    """max |a|, or max |a - b|; a NaN anywhere gives NaN, equal infinities give 0."""
+    if b is None:
+        return float(a.float().abs().max())
+    if torch.equal(a, b):
+        return 0.0
+    return float((a.float() - b.float()).abs().max())
+
+
+def absorb(digest: Any, tensors: list[torch.Tensor]) -> None:
+    """Feed the bytes of tensors to a hashlib object."""
+    for t in tensors:
+        digest.update(memoryview(t.detach().contiguous().view(torch.uint8).numpy()))
+

@@ -1,0 +1,67 @@
+"""Find sites: one small module per form, one table. A node that looks like attention and has no form is a refusal."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from cppass.errors import Refusal
+from cppass.explain_node import op_of, refuse
+from cppass.match.eager import match_eager
+from cppass.match.sdpa import match_flash_for_cpu, match_sdpa
+from cppass.rules import is_tensor
+from cppass.site import AttentionSite
+
+aten = torch.ops.aten
+
+Match = Callable[[fx.Node], "AttentionSite | Refusal | None"]
+
+MATCHERS: dict[Any, Match] = {
+    aten.scaled_dot_product_attention.default: match_sdpa,
+    aten._scaled_dot_product_flash_attention_for_cpu.default: match_flash_for_cpu,
+    aten._softmax.default: match_eager,
+    aten._safe_softmax.default: match_eager,
+}
+
+ATTENTION_WORDS = ("attention", "attn", "flash", "sdpa", "selective_scan", "ssd_", "delta_rule", "retention", "wkv")
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What is in a graph: the sites in graph order, and what looks like attention but has no form."""
+
+    sites: tuple[AttentionSite, ...]
+    refusals: tuple[Refusal, ...]
+
+
+def find_sites(graph: fx.Graph) -> Found:
+    sites: list[AttentionSite] = []
+    refusals: list[Refusal] = []
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        matcher = MATCHERS.get(node.target)
+        match = matcher(node) if matcher else _looks_like_attention(node)
+        if isinstance(match, AttentionSite):
+            sites.append(match)
+        elif match is not None:
+            refusals.append(match)
+    return Found(tuple(sites), tuple(refusals))
+
+
+def _looks_like_attention(node: fx.Node) -> Refusal | None:
+    if not is_tensor(node):
+        return None
+    name = op_of(node).lower()
+    if not any(word in name for word in ATTENTION_WORDS):
+        return None
+    return refuse(
+        "CP101",
+        node,
+        f"{op_of(node)} is attention in a form that cppass does not know",
+        "use scaled_dot_product_attention (attn_implementation='sdpa'), or add a matcher to cppass/match",
+    )

@@ -1,0 +1,204 @@
+"""Canonical ops `cppass::*`: what a rewritten graph says, before a target lowers it. Rank-free.
+
+A canonical op has a schema, a shape (fake) function and a meaning: a plain torch function of every rank's operands that
+returns every rank's result. Targets re-implement it; `cppass.simulate` runs the meaning itself; tests compare the two.
+Running a canonical op in a process of its own is an error, since it does not know its rank.
+
+Shapes: S tokens, P ranks, c = ceil(S / 2P) rows of a block, m = 2c local rows (see cppass/layout.py). The token dimension
+has size outer * S * inner (Full) or outer * m * inner (Local).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cppass import layout
+from cppass.errors import VerifyError
+
+_library = torch.library.Library("cppass", "DEF")
+
+SCHEMAS = {
+    "shard": "(Tensor x, int dim, SymInt inner, SymInt tokens, int cp_size) -> Tensor",
+    "gather": "(Tensor[] xs, int[] dims, SymInt[] inners, SymInt tokens, int cp_size) -> Tensor[]",
+    "gather_rows": "(Tensor x, int dim, SymInt start, int count, SymInt tokens, int cp_size) -> Tensor",
+    "attention": (
+        "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? prefix_tensor, SymInt prefix, SymInt tokens, "
+        "int cp_size, bool causal, int window, float? scale) -> Tensor"
+    ),
+}
+
+
+# -- the layout of one tensor ----------------------------------------------------------------------------------------
+
+
+def split_axis(x: Tensor, dim: int, rows: int, inner: int) -> Tensor:
+    """[.., outer * rows * inner, ..] -> [.., outer, rows, inner, ..]; a view where strides allow."""
+    outer = x.shape[dim] // (rows * inner)
+    return x.reshape(*x.shape[:dim], outer, rows, inner, *x.shape[dim + 1 :])
+
+
+def merge_axis(x: Tensor, dim: int) -> Tensor:
+    """[.., outer, rows, inner, ..] -> [.., outer * rows * inner, ..]; the inverse of split_axis."""
+    return x.reshape(*x.shape[:dim], x.shape[dim] * x.shape[dim + 1] * x.shape[dim + 2], *x.shape[dim + 3 :])
+
+
+def local_row_index(tokens: int, cp_size: int, rank: int, device: torch.device) -> Tensor:
+    """Natural positions of a rank's local rows [m]; padding rows repeat the last token."""
+    rows = layout.block_rows(tokens, cp_size)
+    within = torch.arange(rows, device=device)
+    prev, following = layout.owned_blocks(rank, cp_size)
+    return torch.cat([within + prev * rows, within + following * rows]).clamp_(max=tokens - 1)
+
+
+def restore_rows(gathered_PmF: Tensor, tokens: int, cp_size: int) -> Tensor:
+    """Rank-major rows [P, m, F] -> natural order [S, F]."""
+    rows = layout.block_rows(tokens, cp_size)
+    halves = gathered_PmF.reshape(cp_size, 2, rows, -1)
+    return torch.cat([halves[:, 0], halves[:, 1].flip(0)]).reshape(2 * cp_size * rows, -1)[:tokens]
+
+
+# -- meanings: every rank's operands in, every rank's result out ------------------------------------------------------
+
+
+def shard(xs: list[Tensor], dim: int, inner: int, tokens: int, cp_size: int) -> list[Tensor]:
+    """Full [.., outer * S * inner, ..] -> this rank's rows [.., outer * m * inner, ..]."""
+    results = []
+    for rank, x in enumerate(xs):
+        index = local_row_index(tokens, cp_size, rank, x.device)
+        results.append(merge_axis(split_axis(x, dim, tokens, inner).index_select(dim + 1, index), dim))
+    return results
+
+
+def gather(
+    xs: list[list[Tensor]], dims: list[int], inners: list[int], tokens: int, cp_size: int
+) -> list[list[Tensor]]:
+    """Several Local values [.., outer * m * inner, ..] -> Full ones, natural order, the same bits on every rank."""
+    rows = layout.local_rows(tokens, cp_size)
+    full = []
+    for i, (dim, inner) in enumerate(zip(dims, inners, strict=True)):
+        parts = [split_axis(x[i], dim, rows, inner).movedim(dim + 1, 0) for x in xs]
+        shape = parts[0].shape[1:]
+        flat = torch.stack([p.reshape(rows, -1) for p in parts])
+        restored = restore_rows(flat, tokens, cp_size).reshape(tokens, *shape)
+        full.append(merge_axis(restored.movedim(0, dim + 1), dim))
+    return [full for _ in range(cp_size)]
+
+
+def gather_rows(xs: list[Tensor], dim: int, start: int, count: int, tokens: int, cp_size: int) -> list[Tensor]:
+    """Rows [start, start + count) of the natural order, from the ranks that own them; a negative start counts back."""
+    first = start + tokens if start < 0 else start
+    owners = [layout.row_owner(p, tokens, cp_size) for p in range(first, first + count)]
+    picked = torch.cat([xs[rank].narrow(dim, row, 1) for rank, row in owners], dim)
+    return [picked for _ in range(cp_size)]
+
+
+def attention(
+    qs: list[Tensor],
+    ks: list[Tensor],
+    vs: list[Tensor],
+    masks: list[Tensor | None],
+    prefix_tensors: list[Tensor | None],
+    prefix: int,
+    tokens: int,
+    cp_size: int,
+    causal: bool,
+    window: int,
+    scale: float | None,
+) -> list[Tensor]:
+    """softmax(q @ k.T * scale) @ v for local query rows q [B, Hq, m, D] over whole k [B, Hkv, T, D], v [B, Hkv, T, E].
+
+    causal: the query at position p sees keys (prefix + p - window, prefix + p]; else the mask of the local rows decides.
+    """
+    results = []
+    for rank, (q, k, v, mask) in enumerate(zip(qs, ks, vs, masks, strict=True)):
+        repeats = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+        if causal:
+            offset = prefix_tensors[rank]
+            base = prefix + (int(offset) if offset is not None else 0)
+            last = base + local_row_index(tokens, cp_size, rank, q.device)[:, None]
+            key = torch.arange(k.shape[2], device=q.device)
+            mask = (key <= last) & (key > last - window) if window else key <= last
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        results.append(out.transpose(1, 2).contiguous().transpose(1, 2))
+    return results
+
+
+MEANINGS: dict[str, Callable[..., list[Any]]] = {
+    "shard": shard,
+    "gather": gather,
+    "gather_rows": gather_rows,
+    "attention": attention,
+}
+
+
+# -- shapes ------------------------------------------------------------------------------------------------------------
+
+
+def shard_shape(x: Tensor, dim: int, inner: int, tokens: int, cp_size: int) -> Tensor:
+    outer = x.shape[dim] // (tokens * inner)
+    return x.new_empty(*x.shape[:dim], outer * layout.local_rows(tokens, cp_size) * inner, *x.shape[dim + 1 :])
+
+
+def gather_shape(xs: list[Tensor], dims: list[int], inners: list[int], tokens: int, cp_size: int) -> list[Tensor]:
+    """Rows first in memory, as an all-gather leaves them: [B, H, S, D] with the strides of [S, B, H, D]."""
+    full = []
+    rows = layout.local_rows(tokens, cp_size)
+    for x, dim, inner in zip(xs, dims, inners, strict=True):
+        outer = x.shape[dim] // (rows * inner)
+        rest = (*x.shape[:dim], outer, inner, *x.shape[dim + 1 :])
+        full.append(merge_axis(x.new_empty(tokens, *rest).movedim(0, dim + 1), dim))
+    return full
+
+
+def gather_rows_shape(x: Tensor, dim: int, start: int, count: int, tokens: int, cp_size: int) -> Tensor:
+    return x.new_empty(*x.shape[:dim], count, *x.shape[dim + 1 :])
+
+
+def attention_shape(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    prefix_tensor: Tensor | None,
+    prefix: int,
+    tokens: int,
+    cp_size: int,
+    causal: bool,
+    window: int,
+    scale: float | None,
+) -> Tensor:
+    """[B, Hq, m, E] in the memory layout of [B, m, Hq, E]."""
+    b, h, m, _ = q.shape
+    return q.new_empty(b, m, h, v.shape[3]).transpose(1, 2)
+
+
+SHAPES: dict[str, Callable[..., Any]] = {
+    "shard": shard_shape,
+    "gather": gather_shape,
+    "gather_rows": gather_rows_shape,
+    "attention": attention_shape,
+}
+
+
+def _rankless(name: str) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        raise VerifyError(
+            "CP401",
+            f"cppass::{name} ran without being lowered: a canonical op does not know its rank",
+            "lower the graph (lower=True), or run it with cppass.simulate",
+        )
+
+    return run
+
+
+for _name, _schema in SCHEMAS.items():
+    _library.define(_name + _schema)
+    _library.impl(_name, _rankless(_name), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"cppass::{_name}", SHAPES[_name], lib=_library)
+
+CANONICAL = {getattr(torch.ops.cppass, name).default: name for name in SCHEMAS}

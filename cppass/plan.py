@@ -1,0 +1,383 @@
+"""Two-value token propagation, second half: what is demanded, how each value is made, where rows travel.
+
+Demands run from the end of the graph to its start. Outputs, side effects and ops without a way demand Full values; a
+site demands Local queries and gathered keys and values. For every demanded value the plan says how it is made. It changes
+nothing: cppass/rewrite.py follows it.
+
+before:  k = rope(view(mm(x, wk)))    cache' = index_copy(cache, 2, positions, k)    attention(q, cache', ...)
+plan:    k  Local by its way, Full by GATHER (with v: one collective)
+         cache'  Full by COMPUTE        positions  Full by COMPUTE, Local by SHARD (for rope)
+         attention  Local, as a site
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Iterable
+
+import torch
+from torch import fx
+
+from cppass.errors import Refusal
+from cppass.explain_node import op_of, refuse
+from cppass.match.kv import SAME, VIEWS
+from cppass.op_rules import is_matmul, row_selection, rule_of
+from cppass.rules import Transfer, is_tensor, shape_of, tensor_operands
+from cppass.shard import Propagation, numbers_rows
+from cppass.site import AttentionSite, Rewrite
+from cppass.tokens import Size, State, Tokens, divide, product
+
+aten = torch.ops.aten
+
+
+class Full(enum.Enum):
+    """How a Full value is made."""
+
+    GIVEN = "given"  # placeholders and attributes
+    COMPUTE = "compute"  # from Full operands, on every rank
+    GATHER = "gather"  # from every rank's Local value
+    ROWS = "rows"  # a few rows of a Local value (the last token): only they travel
+
+
+class Local(enum.Enum):
+    """How a Local value is made, where it is not computed by a way."""
+
+    SHARD = "shard"  # this rank's rows of the Full value
+    SITE = "site"  # the attention of a site
+    NUMBER = "number"  # arange over local rows
+
+
+@dataclasses.dataclass(frozen=True)
+class RowSelection:
+    source: fx.Node
+    state: Tokens
+    start: int
+    count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Gathered:
+    """A value that travels besides the K/V of a site, and why."""
+
+    node: fx.Node
+    why: str
+    expected: bool  # True for outputs: there is no way around them
+
+
+@dataclasses.dataclass(frozen=True)
+class CPPlan:
+    """What to do with every node. Rank-free.
+
+    Attributes:
+        sites: the attention sites, in graph order.
+        tokens: the token count, an int or a sympy expression.
+        cp_size: number of ranks.
+        full: how each demanded Full value is made.
+        local: how each demanded Local value is made, per state.
+        groups: sets of values whose rows travel in one collective; the first is named by the site.
+        selections: details of the Full.ROWS nodes.
+        gathered: what travels besides K/V.
+        refusals: why this graph cannot be rewritten; the rest of the plan means nothing then.
+    """
+
+    sites: tuple[AttentionSite, ...]
+    tokens: Size
+    cp_size: int
+    full: dict[fx.Node, Full]
+    local: dict[fx.Node, dict[State, Transfer | Local]]
+    groups: tuple[tuple[tuple[fx.Node, Tokens], ...], ...]
+    selections: dict[fx.Node, RowSelection]
+    gathered: tuple[Gathered, ...]
+    refusals: tuple[Refusal, ...]
+
+    def __str__(self) -> str:
+        lines = [f"plan: {len(self.sites)} sites, {self.tokens} tokens over {self.cp_size} ranks"]
+        for node, how in self.full.items():
+            if how in (Full.GATHER, Full.ROWS):
+                lines.append(f"  {node.name}: {how.value}")
+        for node, states in self.local.items():
+            lines += [f"  {node.name}: {h.value} {s}" for s, h in states.items() if isinstance(h, Local)]
+        return "\n".join(lines)
+
+
+def make_plan(
+    graph: fx.Graph, sites: tuple[AttentionSite, ...], reach: Propagation, cp_size: int, strict: bool
+) -> CPPlan:
+    return _Planner(graph, sites, reach, cp_size, strict).plan()
+
+
+class _Planner:
+    def __init__(
+        self, graph: fx.Graph, sites: tuple[AttentionSite, ...], reach: Propagation, cp_size: int, strict: bool
+    ) -> None:
+        self.graph, self.sites, self.reach, self.cp_size, self.strict = graph, sites, reach, cp_size, strict
+        self.order = {node: i for i, node in enumerate(graph.nodes)}
+        self.zigzag = {s.node: s for s in sites if s.rewrite is Rewrite.ZIGZAG}
+        self.rowwise = {n for s in sites if s.rewrite is Rewrite.ROWWISE for n in (s.node, s.scores)}
+        self.fresh, self.groups = self._groups()
+        self.site_path = self._paths_to_fresh()
+        self.full: dict[fx.Node, Full] = {}
+        self.full_wanted: dict[fx.Node, fx.Node] = {}  # node -> the first user that wants it Full
+        self.local: dict[fx.Node, dict[State, Transfer | Local]] = {}
+        self.local_wanted: dict[fx.Node, dict[State, None]] = {}
+        self.selections: dict[fx.Node, RowSelection] = {}
+        self.gathered: list[Gathered] = []
+        self.refusals: list[Refusal] = []
+
+    def plan(self) -> CPPlan:
+        for node in reversed(self.graph.nodes):
+            if node.op == "output" or (node.op == "call_function" and not is_tensor(node) and not node.users):
+                self._want_full(node, tensor_operands(node))
+            elif node.op == "call_function" and _has_effect(node):
+                self.full[node] = Full.COMPUTE
+                self._want_full(node, tensor_operands(node))
+            elif node.op == "call_function" and not is_tensor(node):
+                if node.users:
+                    self._want_full(node, tensor_operands(node))  # sym_size and the like
+            else:
+                self._decide(node)
+        return CPPlan(
+            self.sites,
+            self.reach.tokens,
+            self.cp_size,
+            {n: self.full[n] for n in self.graph.nodes if n in self.full},
+            self.local,
+            self.groups,
+            self.selections,
+            tuple(reversed(self.gathered)),
+            tuple(reversed(self.refusals)),
+        )
+
+    # -- demands --
+
+    def _want_full(self, user: fx.Node, nodes: Iterable[fx.Node]) -> None:
+        for node in nodes:
+            self.full_wanted.setdefault(node, user)
+
+    def _want_local(self, node: fx.Node, state: State) -> None:
+        self.local_wanted.setdefault(node, {})[state] = None
+
+    def _decide(self, node: fx.Node) -> None:
+        states = list(self.local_wanted.get(node, ()))
+        if node in self.full_wanted or any(self._by_shard(node, state) for state in states):
+            self.full[node] = how = self._full(node)
+            if how is Full.GATHER:
+                state = self.fresh.get(node) or self.reach.plain_state(node)
+                assert state is not None
+                states = list(dict.fromkeys([*states, state]))
+        for state in states:
+            self.local.setdefault(node, {})[state] = self._local(node, state)
+
+    def _by_shard(self, node: fx.Node, state: State) -> bool:
+        return self.reach.way(node, state) is None and not numbers_rows(node, state)
+
+    # -- Full values --
+
+    def _full(self, node: fx.Node) -> Full:
+        if node in self.fresh:
+            if node.op in ("placeholder", "get_attr"):
+                self.full_wanted.setdefault(node, node)
+            return Full.GATHER
+        if node.op in ("placeholder", "get_attr"):
+            return Full.GIVEN
+        if self._select_rows(node):
+            return Full.ROWS
+        state = self.reach.plain_state(node)
+        gather = state is not None and node in self.reach.trunk and not isinstance(node.meta["val"], (tuple, list))
+        if gather and node not in self.site_path and not self._smaller_above(node):
+            self._report(node)
+            return Full.GATHER
+        if node not in self.site_path:
+            self._check_compute(node)
+        self._want_full(node, tensor_operands(node))
+        return Full.COMPUTE
+
+    def _select_rows(self, node: fx.Node) -> bool:
+        """The last token, or the last few: only those rows travel."""
+        if node.op != "call_function" or node.target not in (aten.slice.Tensor, aten.select.int):
+            return False
+        source = tensor_operands(node)[0]
+        state = self.reach.plain_state(source)
+        if state is None or source not in self.reach.trunk or (state.outer, state.inner) != (1, 1):
+            return False
+        if self.reach.plain_state(node) is not None:
+            return False  # cuts another dimension
+        rows = row_selection(node, state)
+        if rows is None or (isinstance(self.reach.tokens, int) and rows[1] > self.reach.tokens // self.cp_size):
+            return False
+        self.selections[node] = RowSelection(source, state, *rows)
+        self._want_local(source, state)
+        return True
+
+    def _smaller_above(self, node: fx.Node) -> bool:
+        """A value this one is only a copy of is smaller (repeated KV heads, a float32 copy): gather that one."""
+        size, above = _bytes(node), node
+        while above.target in COPIES and above.op == "call_function":
+            above = tensor_operands(above)[0]
+            if self.reach.plain_state(above) is None or above not in self.reach.trunk:
+                return False
+            ratio = divide(size, _bytes(above))
+            if ratio is not None and ratio != 1:
+                return True
+        return False
+
+    def _check_compute(self, node: fx.Node) -> None:
+        """A node that has to run on gathered values: attention and randomness may not, anything else is reported."""
+        trunk = [x for x in tensor_operands(node) if x in self.reach.trunk]
+        if _is_random(node):
+            self.refusals.append(
+                refuse(
+                    "CP203",
+                    node,
+                    f"{op_of(node)} draws random numbers: ranks would draw different ones than one device",
+                    "call model.eval(), or take the op out of the compiled model",
+                )
+            )
+        elif self._mixes_like_attention(node, trunk):
+            self.refusals.append(self._unknown_attention(node))
+
+    def _mixes_like_attention(self, node: fx.Node, trunk: list[fx.Node]) -> bool:
+        if not trunk or node in self.rowwise:
+            return False
+        carried = [x for x in trunk if self.reach.ways.get(x) or self.reach.seeds.get(x)]
+        if is_matmul(node) and len(trunk) >= 2:
+            return True
+        if node.target in (aten._softmax.default, aten._safe_softmax.default):
+            return bool(carried)
+        return rule_of(node) is None and len({*carried}) >= 3
+
+    def _unknown_attention(self, node: fx.Node) -> Refusal:
+        return refuse(
+            "CP201",
+            node,
+            f"{op_of(node)} mixes the rows of token-dependent values, as attention does, in a form cppass does not know",
+            "use scaled_dot_product_attention (attn_implementation='sdpa'), or on_refusal='fallback' to run unsharded",
+        )
+
+    def _report(self, node: fx.Node) -> None:
+        user = self.full_wanted.get(node, node)
+        expected = user.op == "output" or _has_effect(user)
+        if expected:
+            why = "an output of the graph"
+        elif rule_of(user) is None:
+            why = f"{op_of(user)} has no rule"
+        else:
+            why = f"{op_of(user)} mixes tokens"
+        self.gathered.append(Gathered(node, f"{why} (node {user.name})", expected))
+        if self.strict and not expected:
+            self.refusals.append(
+                refuse(
+                    "CP202",
+                    user,
+                    f"{why}; strict=True gathers nothing but K, V and outputs",
+                    "strict=False gathers the inputs of such an op and reports it",
+                )
+            )
+
+    # -- Local values --
+
+    def _local(self, node: fx.Node, state: State) -> Transfer | Local:
+        if node in self.zigzag and self.reach.way(node, state) is not None:
+            self._want_site(self.zigzag[node])
+            return Local.SITE
+        if numbers_rows(node, state):
+            return Local.NUMBER
+        transfer = self.reach.way(node, state)
+        replicated = self.full.get(node) is Full.COMPUTE and node not in self.reach.trunk
+        if transfer is None or replicated:
+            return Local.SHARD
+        trunk = [x for x, s in zip(tensor_operands(node), transfer.operands, strict=True) if x in self.reach.trunk and s is None]
+        if is_matmul(node) and trunk and node not in self.rowwise:
+            self.refusals.append(self._unknown_attention(node))
+        for operand, operand_state in zip(tensor_operands(node), transfer.operands, strict=True):
+            if operand_state is None:
+                self._want_full(node, [operand])
+            else:
+                self._want_local(operand, operand_state)
+        return transfer
+
+    def _want_site(self, site: AttentionSite) -> None:
+        self._want_local(site.query, Tokens(site.query_dim))
+        self._want_full(site.node, [site.key, site.value])
+        if site.causal is not None:
+            self._want_full(site.node, [x for x in site.causal.terms if is_tensor(x)])
+        elif site.mask is not None:
+            ndim = len(shape_of(site.mask))
+            if shape_of(site.mask)[ndim - 2] == 1:
+                self._want_full(site.node, [site.mask])
+            else:
+                self._want_local(site.mask, Tokens(ndim - 2))
+
+    # -- sites: gathered values, and the path from them to the attention --
+
+    def _groups(self) -> tuple[dict[fx.Node, Tokens], tuple[tuple[tuple[fx.Node, Tokens], ...], ...]]:
+        """Fresh K and V of each site, to be gathered together; one group per dtype."""
+        fresh: dict[fx.Node, Tokens] = {}
+        groups = []
+        for site in self.sites:
+            group: dict[torch.dtype, list[tuple[fx.Node, Tokens]]] = {}
+            for part in (site.key_fresh, site.value_fresh):
+                state = self._gatherable(part.source, part.dim, site)
+                if state is None or part.source in fresh:
+                    continue
+                fresh[part.source] = state
+                group.setdefault(part.source.meta["val"].dtype, []).append((part.source, state))
+            groups += [tuple(members) for members in group.values()]
+        return fresh, tuple(groups)
+
+    def _gatherable(self, source: fx.Node, dim: int, site: AttentionSite) -> Tokens | None:
+        if not is_tensor(source) or source.meta["val"].dim() == 0:
+            return None
+        if site.rewrite is Rewrite.ROWWISE:
+            return self.reach.plain_state(source)
+        state = Tokens(dim)
+        if self.reach.way(source, state) or state in self.reach.seeds.get(source, ()):
+            return state
+        return None
+
+    def _paths_to_fresh(self) -> set[fx.Node]:
+        """Nodes between gathered K/V and the attention: repeats and cache writes, computed from the gathered rows."""
+        path: set[fx.Node] = set()
+        for site in self.sites:
+            for end, part in ((site.key, site.key_fresh), (site.value, site.value_fresh)):
+                if part.source in self.fresh:
+                    self._mark_path(end, part.source, path)
+        return path - set(self.fresh)
+
+    def _mark_path(self, end: fx.Node, source: fx.Node, path: set[fx.Node]) -> bool:
+        if end is source:
+            return True
+        if self.order[end] <= self.order[source] or end.op != "call_function":
+            return False
+        reached = [self._mark_path(x, source, path) for x in tensor_operands(end)]
+        if any(reached):
+            path.add(end)
+        return any(reached)
+
+
+COPIES = {
+    *SAME,
+    *VIEWS,
+    aten.unsqueeze.default,
+    aten.expand.default,
+    aten.transpose.int,
+    aten.permute.default,
+    aten._to_copy.default,
+    torch.ops.prims.convert_element_type.default,
+}
+
+
+def _bytes(node: fx.Node) -> Size:
+    return product(shape_of(node)) * node.meta["val"].dtype.itemsize
+
+
+def _has_effect(node: fx.Node) -> bool:
+    """copy_ into an input, and whatever else writes in place."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def _is_random(node: fx.Node) -> bool:
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.nondeterministic_seeded in tags

@@ -1,0 +1,99 @@
+"""Bring a graph into the form the pass reads: nested modules inlined, shape-only operands dropped."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+NEW_FACTORIES = {
+    aten.new_zeros.default: aten.zeros.default,
+    aten.new_ones.default: aten.ones.default,
+    aten.new_empty.default: aten.empty.memory_format,
+    aten.new_full.default: aten.full.default,
+}
+
+
+def prepare(gm: fx.GraphModule) -> None:
+    """In place; the graph computes what it computed before."""
+    inline_modules(gm)
+    drop_shape_only_operands(gm.graph)
+    gm.recompile()
+
+
+def inline_modules(gm: fx.GraphModule) -> None:
+    """Inline nested GraphModules, so that attention inside them is found and counted.
+
+    before:  y = call_module[layer](x)            after:  the nodes of `layer`, in place
+    """
+    while nested := [n for n in gm.graph.nodes if _inner(gm, n) is not None]:
+        for node in nested:
+            inner = _inner(gm, node)
+            assert inner is not None
+            _inline(gm, node, inner)
+    gm.graph.lint()
+
+
+def _inner(gm: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:
+    if node.op == "call_module":
+        module = gm.get_submodule(str(node.target))
+        return module if isinstance(module, fx.GraphModule) else None
+    if node.op == "call_function" and node.target is torch.ops.higher_order.invoke_subgraph:
+        attribute = node.args[0]
+        if isinstance(attribute, fx.Node) and attribute.op == "get_attr":
+            module = gm.get_submodule(str(attribute.target))
+            return module if isinstance(module, fx.GraphModule) else None
+    return None
+
+
+def _inline(gm: fx.GraphModule, node: fx.Node, inner: fx.GraphModule) -> None:
+    given = list(node.args[2:] if node.op == "call_function" else node.args)
+    prefix = node.name
+    values: dict[fx.Node, fx.Node] = {}
+    inputs = iter(given)
+    with gm.graph.inserting_before(node):
+        for old in inner.graph.nodes:
+            if old.op == "placeholder":
+                values[old] = next(inputs)  # type: ignore[assignment]
+            elif old.op == "output":
+                result = fx.map_arg(old.args[0], lambda n: values[n])
+            else:
+                new = gm.graph.node_copy(old, lambda n: values[n])
+                if old.op in ("get_attr", "call_module"):
+                    new.target = _adopt(gm, inner, str(old.target), prefix)
+                values[old] = new
+    if isinstance(result, fx.Node):
+        node.replace_all_uses_with(result)
+    else:
+        for user in list(node.users):
+            user.replace_all_uses_with(result[user.args[1]])
+            gm.graph.erase_node(user)
+    gm.graph.erase_node(node)
+
+
+def _adopt(gm: fx.GraphModule, inner: fx.GraphModule, target: str, prefix: str) -> str:
+    """Make an attribute of an inner module one of the outer module."""
+    value = inner
+    for part in target.split("."):
+        value = getattr(value, part)
+    name = f"{prefix}_{target.replace('.', '_')}"
+    if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter):
+        gm.register_buffer(name, value)
+    else:
+        setattr(gm, name, value)
+    return name
+
+
+def drop_shape_only_operands(graph: fx.Graph) -> None:
+    """new_zeros(x, size) takes no value of x: zeros(size), so that x need not be gathered for it."""
+    for node in list(graph.nodes):
+        factory = NEW_FACTORIES.get(node.target) if node.op == "call_function" else None
+        value = node.meta.get("val")
+        if factory is None or not isinstance(value, torch.Tensor):
+            continue
+        with graph.inserting_before(node):
+            made = graph.call_function(factory, node.args[1:], {"dtype": value.dtype, "device": value.device})
+        made.meta.update(node.meta)
+        node.replace_all_uses_with(made)
+        graph.erase_node(node)

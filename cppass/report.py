@@ -1,0 +1,186 @@
+"""Report: what happened to one graph, and why. The registry keeps the report of every graph compiled so far."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections import deque
+
+import sympy
+from torch import fx
+
+from cppass import layout
+from cppass.errors import Refusal
+from cppass.explain_node import op_of, source_of
+from cppass.plan import CPPlan, Full
+from cppass.rules import shape_of
+from cppass.site import AttentionSite
+from cppass.tokens import Size, product
+
+REWRITTEN, LEFT_ALONE, REFUSED = "rewritten", "left alone", "refused"
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteReport:
+    """One attention site: the matched form, how it is rewritten, its KV write, mask and source line."""
+
+    name: str
+    form: str
+    rewrite: str
+    kv_write: str
+    mask: str
+    where: str
+
+
+@dataclasses.dataclass(frozen=True)
+class GatherReport:
+    """One collective of the rewritten graph: what travels, why, and the bytes each rank receives (None: symbolic)."""
+
+    nodes: tuple[str, ...]
+    why: str
+    received_bytes: int | None
+    formula: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What happened to one graph.
+
+    Attributes:
+        status: "rewritten", "left alone" or "refused".
+        reason: why it was left alone or refused; "" where it was rewritten.
+        graph: Dynamo's compile id, such as "0/1"; "" outside torch.compile.
+        cp_size: number of ranks.
+        tokens: the token count, an int or the name of a symbol ("s27"); None where no site was found.
+        sites: the attention sites found; all of them are rewritten, or none is.
+        gathers: the collectives of one forward, in graph order.
+        refusals: why the graph was refused.
+        notes: what else there is to know (costly masks, fallbacks, the recompile limit).
+    """
+
+    status: str
+    reason: str = ""
+    graph: str = ""
+    cp_size: int = 1
+    tokens: int | str | None = None
+    sites: tuple[SiteReport, ...] = ()
+    gathers: tuple[GatherReport, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def collectives(self) -> int:
+        """Collectives of one forward: one per site and one for the output, where nothing else had to travel."""
+        return len(self.gathers) if self.status == REWRITTEN else 0
+
+    @property
+    def received_bytes(self) -> int | None:
+        """Bytes each rank receives in one forward; None where sizes are symbolic."""
+        if self.status != REWRITTEN:
+            return 0
+        sizes = [g.received_bytes for g in self.gathers]
+        return None if None in sizes else sum(s for s in sizes if s is not None)
+
+    def __str__(self) -> str:
+        head = f"graph {self.graph}: " if self.graph else ""
+        lines = [f"{head}{self.status}" + (f": {self.reason}" if self.reason else "")]
+        if self.sites:
+            lines.append(f"  {len(self.sites)} attention sites, {self.tokens} tokens, {self.cp_size} ranks")
+            for kind, count in _counted(self.sites).items():
+                lines.append(f"    {count} x {kind}")
+        if self.status == REWRITTEN:
+            lines.append(f"  {self.collectives} collectives in one forward")
+            for gather in self.gathers:
+                lines.append(f"    {', '.join(gather.nodes)}: {gather.why}, {gather.formula} bytes received")
+        lines += [f"  {line}" for refusal in self.refusals for line in str(refusal).splitlines()]
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+def _counted(sites: tuple[SiteReport, ...]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for site in sites:
+        text = f"{site.form}, {site.kv_write}, {site.mask}; {site.rewrite}"
+        counts[text] = counts.get(text, 0) + 1
+    return counts
+
+
+def describe_site(site: AttentionSite) -> SiteReport:
+    write = site.key_fresh.form
+    if site.causal is not None:
+        mask = "causal" + (f", window {site.causal.window}" if site.causal.window else "")
+        mask += " on a filled cache" if site.causal.terms or site.causal.constant else ""
+    else:
+        mask = "no mask" if site.mask is None and site.scores is None else "its own mask, local rows of it"
+    return SiteReport(
+        site.name, site.form, site.rewrite.value, f"KV write {write}" if write else "no cache", mask, source_of(site.node)
+    )
+
+
+def describe_gathers(plan: CPPlan) -> tuple[GatherReport, ...]:
+    found = [_gather(tuple(n for n, _ in group), "K and V of a site", plan) for group in plan.groups]
+    found += [_gather((g.node,), g.why, plan) for g in plan.gathered]
+    for node, how in plan.full.items():
+        if how is Full.ROWS:
+            rows = plan.selections[node]
+            found.append(_gather((node,), f"{rows.count} selected rows", plan, whole=_bytes(node) * plan.cp_size))
+    return tuple(found)
+
+
+def _gather(nodes: tuple[fx.Node, ...], why: str, plan: CPPlan, whole: Size | None = None) -> GatherReport:
+    size: Size = whole if whole is not None else 0
+    if whole is None:
+        padded = layout.local_rows(plan.tokens, plan.cp_size) * plan.cp_size
+        for node in nodes:
+            size = size + _bytes(node) * padded / sympy.sympify(plan.tokens)
+    received = sympy.simplify(sympy.sympify(size) * (plan.cp_size - 1) / plan.cp_size)
+    known = int(received) if received.is_Integer else None
+    return GatherReport(tuple(n.name for n in nodes), why, known, str(received))
+
+
+def _bytes(node: fx.Node) -> Size:
+    return product(shape_of(node)) * node.meta["val"].dtype.itemsize
+
+
+def mask_notes(sites: tuple[AttentionSite, ...], tokens: Size, cp_size: int) -> tuple[str, ...]:
+    """What masks that are not plainly causal cost."""
+    notes: dict[fx.Node, str] = {}
+    for site in sites:
+        if site.mask is not None and site.causal is None:
+            shape = shape_of(site.mask)
+            rows = f"{shape[-2]}/{cp_size}" if shape[-2] != 1 else "1"
+            notes[site.mask] = (
+                f"the mask {op_of(site.mask)} {site.mask.name} {list(shape)} is not plainly causal: each rank builds "
+                f"{rows} rows of {shape[-1]} and attends over every key"
+            )
+    return tuple(notes.values())
+
+
+# -- the reports of this process ----------------------------------------------------------------------------------------
+
+_KEPT = 1000
+_reports: deque[Report] = deque(maxlen=_KEPT)
+_lock = threading.Lock()
+
+
+def record(report: Report) -> None:
+    with _lock:
+        _reports.append(report)
+
+
+def reports() -> tuple[Report, ...]:
+    """The report of every graph compiled so far in this process, oldest first (the last 1000)."""
+    with _lock:
+        return tuple(_reports)
+
+
+def last_report() -> Report | None:
+    """The report of the last graph that was rewritten; None where none was."""
+    return next((r for r in reversed(reports()) if r.status == REWRITTEN), None)
+
+
+def clear_reports() -> None:
+    with _lock:
+        _reports.clear()
+
+

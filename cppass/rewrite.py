@@ -1,0 +1,308 @@
+"""Follow a plan: build the rank-free graph with canonical ops, and put it into the module. The only editor in cppass.
+
+before:  out = attention(q, index_copy(cache, 2, pos, k), index_copy(cache_v, 2, pos, v), mask)
+after:   k_full, v_full = cppass.gather([k, v])                       k, v, q computed from sharded token ids
+         out = cppass.attention(q, index_copy(cache, 2, pos, k_full), index_copy(cache_v, 2, pos, v_full), prefix)
+"""
+
+from __future__ import annotations
+
+import operator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+import cppass.ops  # noqa: F401  (defines torch.ops.cppass)
+from cppass import layout
+from cppass.errors import Unsupported
+from cppass.match.kv import VIEWS
+from cppass.plan import CPPlan, Full, Local
+from cppass.rules import Transfer, is_tensor, iter_nodes, shape_of, tensor_operands
+from cppass.site import AttentionSite
+from cppass.tokens import Size, State, Tokens, size_of
+from cppass.torch_private import fake_mode_of
+
+aten = torch.ops.aten
+KEPT_META = ("nn_module_stack", "stack_trace", "source_fn_stack", "original_aten", "from_node", "seq_nr")
+
+
+def apply(gm: fx.GraphModule, plan: CPPlan) -> None:
+    """Rewrite `gm` in place by `plan`: canonical ops, metadata filled in, dead code gone.
+
+    Numerics: rows are computed by the same ops as before, over fewer rows, so the last bits of matrix products may
+    differ; gathers and shards move bits unchanged.
+    """
+    graph = _Rewriter(gm, plan).build()
+    graph.eliminate_dead_code()
+    graph.lint()
+    gm.graph = graph
+    gm.recompile()
+
+
+class _Rewriter:
+    def __init__(self, gm: fx.GraphModule, plan: CPPlan) -> None:
+        self.old, self.plan = gm.graph, plan
+        self.new = fx.Graph(gm)
+        self.full_nodes: dict[fx.Node, fx.Node] = {}
+        self.local_nodes: dict[tuple[fx.Node, State], fx.Node] = {}
+        self.group_of = {node: group for group in plan.groups for node, _ in group}
+        self.gathered: dict[fx.Node, fx.Node] = {}
+        self.gathering: set[fx.Node] = set()  # members of the merged gather that is being built
+        self.site_of = {site.node: site for site in plan.sites}
+        self.origin: fx.Node | None = None
+        self.fake_mode = fake_mode_of(gm)
+        self.sizes: dict[Size, fx.Node] = {}  # symbolic sizes by value, as new nodes
+        self.local_size: dict[Size, Any] = {}
+
+    def build(self) -> fx.Graph:
+        for node in self.old.nodes:
+            self.origin = node
+            if node.op == "placeholder":
+                copied = self.new.node_copy(node)
+                self.full_nodes[node] = copied
+                self._remember_size(node, copied)
+            elif node.op == "output":
+                self.new.output(fx.map_arg(node.args[0], self.full))
+            elif node.op == "get_attr" or (node.op == "call_function" and not is_tensor(node)):
+                if node.users or node.op == "call_function":
+                    self.full(node)
+            else:
+                if self.plan.full.get(node) in (Full.COMPUTE, Full.ROWS):
+                    self.full(node)
+                for state in self.plan.local.get(node, ()):
+                    self.local(node, state)
+        return self.new
+
+    # -- emitting one node, with its metadata --
+
+    def emit(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
+        kwargs = kwargs or {}
+        node = self.new.call_function(target, args, kwargs)
+        if self.origin is not None:
+            node.meta.update({k: self.origin.meta[k] for k in KEPT_META if k in self.origin.meta})
+        with self._shapes():
+            node.meta["val"] = target(*fx.map_arg(args, _value), **fx.map_arg(kwargs, _value))
+        return node
+
+    def _shapes(self) -> AbstractContextManager[Any]:
+        return self.fake_mode if self.fake_mode is not None else nullcontext()
+
+    def _remember_size(self, old: fx.Node, new: fx.Node) -> None:
+        value = old.meta.get("val")
+        if isinstance(value, torch.SymInt):
+            self.sizes.setdefault(size_of(value), new)
+
+    # -- Full values --
+
+    def full(self, node: fx.Node) -> fx.Node:
+        if node in self.group_of and node not in self.gathering and self.plan.full.get(node) is Full.GATHER:
+            return self._gathered(node)
+        if node in self.full_nodes:
+            return self.full_nodes[node]
+        outer, self.origin = self.origin, node
+        how = self.plan.full.get(node)
+        if how is Full.GATHER:
+            result = self._gather(((node, self._gather_state(node)),))[0]
+        elif how is Full.ROWS:
+            result = self._rows(node)
+        else:
+            result = self._computed(node)
+        self.full_nodes[node] = result
+        self.origin = outer
+        return result
+
+    def _computed(self, node: fx.Node) -> fx.Node:
+        """The node as it was, on Full operands. Views become reshapes where an operand's strides changed."""
+        operands = [(x, self.full(x)) for x in iter_nodes((node.args, node.kwargs))]
+        if node.op != "call_function" or all(_same_layout(a, b) for a, b in operands):
+            copied = self.new.node_copy(node, self.full)
+            self._remember_size(node, copied)
+            return copied
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self.full)
+        return self.emit(aten.reshape.default if node.target in VIEWS else node.target, args, dict(kwargs))
+
+    def _gather_state(self, node: fx.Node) -> Tokens:
+        states = [s for s in self.plan.local[node] if isinstance(s, Tokens) and s.plain]
+        return states[-1]
+
+    def _gathered(self, node: fx.Node) -> fx.Node:
+        """A member of a merged gather: all members are computed, then one collective brings them all."""
+        if node not in self.gathered:
+            group = self.group_of[node]
+            self.gathering.update(n for n, _ in group)
+            for (member, _), result in zip(group, self._gather(group), strict=True):
+                self.gathered[member] = result
+            self.gathering.difference_update(n for n, _ in group)
+        return self.gathered[node]
+
+    def _gather(self, group: tuple[tuple[fx.Node, Tokens], ...]) -> list[fx.Node]:
+        """One collective for all members.
+
+        before:  k [B, H, m, D], v [B, H, m, D] local
+        after:   gather([k, v], dims, inners, tokens, P) -> k [B, H, S, D], v [B, H, S, D]
+        """
+        values = [self.local(node, state) for node, state in group]
+        dims = [state.dim for _, state in group]
+        inners = [self.number(state.inner) for _, state in group]
+        args = (values, dims, inners, self.tokens(), self.plan.cp_size)
+        gathered = self.emit(torch.ops.cppass.gather.default, args)
+        return [self.emit(operator.getitem, (gathered, i)) for i in range(len(group))]
+
+    def _rows(self, node: fx.Node) -> fx.Node:
+        rows = self.plan.selections[node]
+        source = self.local(rows.source, rows.state)
+        picked = self.emit(
+            torch.ops.cppass.gather_rows.default,
+            (source, rows.state.dim, rows.start, rows.count, self.tokens(), self.plan.cp_size),
+        )
+        if node.target is aten.select.int:
+            return self.emit(aten.select.int, (picked, rows.state.dim, 0))
+        return picked
+
+    # -- Local values --
+
+    def local(self, node: fx.Node, state: State) -> fx.Node:
+        key = (node, state)
+        if key not in self.local_nodes:
+            outer, self.origin = self.origin, node
+            self.local_nodes[key] = self._local(node, state)
+            self.origin = outer
+        return self.local_nodes[key]
+
+    def _local(self, node: fx.Node, state: State) -> fx.Node:
+        how = self.plan.local[node][state]
+        if how is Local.SITE:
+            return self._attention(self.site_of[node])
+        if isinstance(how, Local):
+            assert isinstance(state, Tokens)
+            if how is Local.NUMBER:
+                return self.emit(node.target, (self._local_extent(state),), dict(node.kwargs))
+            given = self.full_nodes[node] if node.op in ("placeholder", "get_attr") else self.full(node)
+            inner = self.number(state.inner)
+            return self.emit(
+                torch.ops.cppass.shard.default, (given, state.dim, inner, self.tokens(), self.plan.cp_size)
+            )
+        return self._by_way(node, how)
+
+    def _by_way(self, node: fx.Node, way: Transfer) -> fx.Node:
+        """The node's op on local rows: each operand in the state the way names, explicit sizes made local."""
+        source = node.args[0] if node.target is operator.getitem else None
+        if isinstance(source, fx.Node) and source in self.site_of:
+            return self.local(source, way.out)  # the canonical op returns the output alone
+        states = iter(way.operands)
+
+        def operand(x: fx.Node) -> fx.Node:
+            if not is_tensor(x):
+                return self.full(x)
+            state = next(states)
+            return self.full(x) if state is None else self.local(x, state)
+
+        args, kwargs = fx.map_arg((node.args, node.kwargs), operand)
+        if way.size_arg is not None and isinstance(way.out, Tokens):
+            sizes = list(args[way.size_arg])
+            if not (isinstance(sizes[way.out.dim], int) and sizes[way.out.dim] == -1):
+                sizes[way.out.dim] = self._local_extent(way.out)
+            args = (*args[: way.size_arg], sizes, *args[way.size_arg + 1 :])
+        return self.emit(aten.reshape.default if node.target in VIEWS else node.target, args, dict(kwargs))
+
+    def _attention(self, site: AttentionSite) -> fx.Node:
+        query = self.local(site.query, Tokens(site.query_dim))
+        key, value = self.full(site.key), self.full(site.value)
+        mask: fx.Node | None = None
+        prefix: Any = 0
+        prefix_tensor: fx.Node | None = None
+        if site.causal is not None:
+            prefix = site.causal.constant
+            for term in site.causal.terms:
+                if is_tensor(term):
+                    here = self.full(term)
+                    prefix_tensor = here if prefix_tensor is None else self.emit(aten.add.Tensor, (prefix_tensor, here))
+                else:
+                    prefix = self._arithmetic(operator.add, self.full(term), prefix)
+        elif site.mask is not None:
+            ndim = len(shape_of(site.mask))
+            whole = shape_of(site.mask)[ndim - 2] == 1
+            mask = self.full(site.mask) if whole else self.local(site.mask, Tokens(ndim - 2))
+        self.origin = site.node
+        return self.emit(
+            torch.ops.cppass.attention.default,
+            (
+                query,
+                key,
+                value,
+                mask,
+                prefix_tensor,
+                prefix,
+                self.tokens(),
+                self.plan.cp_size,
+                site.causal is not None,
+                site.causal.window if site.causal else 0,
+                site.scale,
+            ),
+        )
+
+    # -- sizes --
+
+    def tokens(self) -> int | fx.Node:
+        return self.number(self.plan.tokens)
+
+    def number(self, size: Size) -> int | fx.Node:
+        """A size as an int or as a node that computes it."""
+        if isinstance(size, int):
+            return size
+        if size not in self.sizes:
+            self.sizes[size] = self._size_node(size)
+        return self.sizes[size]
+
+    def _size_node(self, size: sympy.Expr) -> fx.Node:
+        for node in self.old.nodes:
+            value = node.meta.get("val")
+            if isinstance(value, torch.SymInt) and size_of(value) == size and node in self.full_nodes:
+                return self.full_nodes[node]
+            if node.op == "placeholder" and isinstance(value, torch.Tensor):
+                for dim, extent in enumerate(shape_of(node)):
+                    if extent == size:
+                        return self.emit(aten.sym_size.int, (self.full_nodes[node], dim))
+        if isinstance(size, sympy.Mul):
+            result: Any = 1
+            for factor in size.args:
+                part = int(factor) if factor.is_Integer else self.number(factor)
+                result = self._arithmetic(operator.mul, part, result)
+            return result  # type: ignore[no-any-return]
+        raise Unsupported(
+            "CP302",
+            f"the token count {size} is not a size of any input of the graph",
+            "compile with dynamic=False, or pass the token ids to the compiled model",
+        )
+
+    def _local_extent(self, state: Tokens) -> int | fx.Node:
+        """Size of the token dimension of a Local value: outer * m * inner."""
+        key = state.outer * state.inner
+        if key not in self.local_size:
+            n = layout.blocks(self.plan.cp_size)
+            block = self._arithmetic(operator.floordiv, self._arithmetic(operator.add, self.tokens(), n - 1), n)
+            rows = self._arithmetic(operator.mul, block, 2)  # layout.local_rows, as nodes
+            self.local_size[key] = self._arithmetic(operator.mul, rows, self.number(key))
+        return self.local_size[key]  # type: ignore[no-any-return]
+
+    def _arithmetic(self, function: Any, a: Any, b: Any) -> Any:
+        """Integer arithmetic over ints and nodes; ints fold."""
+        if not isinstance(a, fx.Node) and not isinstance(b, fx.Node):
+            return function(a, b)
+        if (function is operator.mul and b == 1) or (function is operator.add and b == 0):
+            return a
+        return self.emit(function, (a, b))
+
+
+def _value(node: fx.Node) -> Any:
+    return node.meta["val"]
+
+
+def _same_layout(old: fx.Node, new: fx.Node) -> bool:
+    """Whether a node may keep the metadata it had with this operand: the same value, or no tensor."""
+    value = old.meta.get("val")
+    return value is new.meta.get("val") or not isinstance(value, torch.Tensor)
+

@@ -1,0 +1,86 @@
+"""AttentionSite: one attention with its KV write, described without a device and without editing anything."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+from torch import fx
+
+
+class Rewrite(enum.Enum):
+    """How a site's attention is rewritten."""
+
+    ZIGZAG = "two zigzag halves"  # becomes the canonical op cppass::attention
+    ROWWISE = "row by row"  # keeps its own ops on local query rows (soft caps, sinks, attention weights as outputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Causal:
+    """A plainly causal mask: the query at position p sees the keys (p + prefix - window, p + prefix].
+
+    Attributes:
+        constant: int part of the prefix, the tokens that are in the cache before this step.
+        terms: nodes that add to it, each a SymInt or a 0-d integer tensor.
+        window: 0 for no sliding window.
+    """
+
+    constant: int = 0
+    terms: tuple[fx.Node, ...] = ()
+    window: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Fresh:
+    """Where a key (or value) of this step comes from.
+
+    Attributes:
+        source: the node with the new rows, tokens in `dim`.
+        dim: its token dimension.
+        writes: nodes between source and attention that put the rows into a cache (empty without one).
+        form: name of the write's form, "" without one.
+    """
+
+    source: fx.Node
+    dim: int
+    writes: tuple[fx.Node, ...] = ()
+    form: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionSite:
+    """One attention with its KV write. Shapes: query [B, Hq, S, D], key [B, Hkv, T, D], value [B, Hkv, T, E].
+
+    Attributes:
+        form: name of the matched form.
+        node: its output [B, Hq, S, E] (or a tuple that starts with it).
+        query: the queries; tokens in `query_dim`.
+        key, value: what attention reads (the written cache, where there is one), before any repeat of KV heads.
+        key_fresh, value_fresh: the rows of this step that are gathered.
+        mask: the mask as the graph has it, None without one.
+        causal: what the mask says where it is plainly causal.
+        scale: factor on the scores; None means 1/sqrt(D).
+        scores: the score matrix of a ROWWISE site.
+    """
+
+    form: str
+    node: fx.Node
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    key_fresh: Fresh
+    value_fresh: Fresh
+    rewrite: Rewrite = Rewrite.ZIGZAG
+    query_dim: int = 2
+    mask: fx.Node | None = None
+    causal: Causal | None = None
+    scale: float | None = None
+    scores: fx.Node | None = None
+
+    @property
+    def name(self) -> str:
+        return self.node.name
+
+    @property
+    def writes(self) -> tuple[fx.Node, ...]:
+        return self.key_fresh.writes + self.value_fresh.writes

@@ -1,0 +1,37 @@
+"""Private parts of torch that cppass needs, in one place. Seen in torch 2.13."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.exc import RestartAnalysis, SkipFrame
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+RESTARTS = (RestartAnalysis, SkipFrame)  # Dynamo's own control flow; not failures
+
+
+def fake_mode_of(gm: fx.GraphModule) -> FakeTensorMode | None:
+    """The fake mode of a graph's metadata, None where no node has a fake tensor."""
+    for node in gm.graph.nodes:
+        values = node.meta.get("val")
+        for value in values if isinstance(values, (tuple, list)) else (values,):
+            if isinstance(value, FakeTensor):
+                return value.fake_mode
+    return None
+
+
+def compile_number() -> tuple[str, int] | None:
+    """(compile id as text, how often this frame was compiled before) while Dynamo compiles, else None."""
+    current: Any = torch._guards.CompileContext.current_compile_id()
+    return None if current is None else (str(current), int(current.frame_compile_id or 0))
+
+
+def resolve_group(name: str) -> Any:
+    """The process group that functional collectives know by this name.
+
+    Raises:
+        RuntimeError, ValueError: there is none.
+    """
+    return torch.distributed.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]

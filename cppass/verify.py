@@ -1,0 +1,145 @@
+"""Is the rewritten graph a legal one? Checked from the graph itself, not from the plan that made it.
+
+Every value of the rewritten graph is typed again, Full or Local, from the canonical ops alone: `shard` makes Local values,
+`gather` and `gather_rows` make Full ones, `attention` takes Local queries and Full keys. In between the rules must allow
+every op exactly the states its operands have. A Local value where a Full one is meant cannot pass.
+"""
+
+from __future__ import annotations
+
+
+import torch
+from torch import fx
+
+from cppass import layout
+from cppass.errors import VerifyError
+from cppass.explain_node import op_of
+from cppass.op_rules import rule_of
+from cppass.ops import CANONICAL
+from cppass.plan import CPPlan
+from cppass.rules import is_tensor, shape_of, tensor_operands
+from cppass.shard import numbers_rows
+from cppass.site import Rewrite
+from cppass.tokens import Size, State, Tokens, divide, size_of
+
+canonical = torch.ops.cppass
+
+
+def verify(gm: fx.GraphModule, plan: CPPlan) -> None:
+    """Raises VerifyError where the rewritten graph is not legal, or a site was found and not rewritten."""
+    _coverage(gm.graph, plan)
+    states = _Typing(plan).run(gm.graph)
+    for node in gm.graph.nodes:
+        if node.op == "output" or (node.op == "call_function" and not is_tensor(node) and node.target not in CANONICAL):
+            _all_full(node, states)
+
+
+def _coverage(graph: fx.Graph, plan: CPPlan) -> None:
+    found = sum(site.rewrite is Rewrite.ZIGZAG for site in plan.sites)
+    rewritten = sum(node.target is canonical.attention.default for node in graph.nodes)
+    if found != rewritten:
+        raise VerifyError("CP402", f"{found} attention sites were found and {rewritten} rewritten", "please report this")
+
+
+def _all_full(node: fx.Node, states: dict[fx.Node, State]) -> None:
+    for operand in tensor_operands(node):
+        if operand in states:
+            raise _illegal(node, f"takes {operand.name}, {states[operand]}, where the whole value is meant")
+
+
+def _illegal(node: fx.Node, why: str) -> VerifyError:
+    return VerifyError("CP403", f"illegal rewrite: {node.name} ({op_of(node)}) {why}", "please report this")
+
+
+class _Typing:
+    """States of the Local values of a rewritten graph; values that are not in it are Full."""
+
+    def __init__(self, plan: CPPlan) -> None:
+        self.plan = plan
+        self.rows: Size = 0
+        self.states: dict[fx.Node, State] = {}
+
+    def run(self, graph: fx.Graph) -> dict[fx.Node, State]:
+        for node in graph.nodes:
+            if node.op == "call_function" and is_tensor(node):
+                state = self._state(node)
+                if state is not None:
+                    self.states[node] = state
+        return self.states
+
+    def _state(self, node: fx.Node) -> State | None:
+        name = CANONICAL.get(node.target)
+        if name is not None:
+            return getattr(self, f"_{name}")(node)  # type: ignore[no-any-return]
+        operands = tensor_operands(node)
+        given = tuple(self.states.get(x) for x in operands)
+        if not any(given):
+            return None
+        if getattr(node.target, "_schema", None) is not None and node.target._schema.is_mutable:  # type: ignore[union-attr]
+            raise _illegal(node, "writes a Local value into an input")
+        rule = rule_of(node)
+        for slot, state in enumerate(given):
+            transfer = rule.forward(node, slot, state, self.rows) if rule is not None and state is not None else None
+            if transfer is not None and self._agree(operands, given, transfer.operands):
+                return transfer.out
+        raise _illegal(node, f"mixes rows: operands are {[str(s) if s else 'Full' for s in given]}")
+
+    def _agree(
+        self, operands: list[fx.Node], given: tuple[State | None, ...], wanted: tuple[State | None, ...]
+    ) -> bool:
+        for operand, have, want in zip(operands, given, wanted, strict=True):
+            if have is None and want is not None and numbers_rows(operand, want) and isinstance(want, Tokens):
+                if shape_of(operand) != (want.outer * self.rows * want.inner,):
+                    return False
+            elif have != want:
+                return False
+        return True
+
+    def _shard(self, node: fx.Node) -> State:
+        x, dim, inner, tokens, cp_size = node.args
+        assert isinstance(x, fx.Node) and isinstance(dim, int) and isinstance(cp_size, int)
+        if x in self.states:
+            raise _illegal(node, "shards a Local value")
+        outer = divide(shape_of(x)[dim], _size(tokens) * _size(inner))
+        rows = None if outer is None else divide(shape_of(node)[dim], outer * _size(inner))
+        if outer is None or rows is None or (isinstance(rows, int) and rows != layout.local_rows(tokens, cp_size)):
+            raise _illegal(node, f"shards dim {dim} of {list(shape_of(x))}, which does not carry {tokens} tokens")
+        if self.rows not in (0, rows):
+            raise _illegal(node, f"has {rows} local rows where others have {self.rows}")
+        self.rows = rows
+        return Tokens(dim, outer, _size(inner))
+
+    def _gather(self, node: fx.Node) -> None:
+        xs, dims, inners, *_ = node.args
+        for x, dim, inner in zip(xs, dims, inners, strict=True):  # type: ignore[arg-type]
+            state = self.states.get(x)
+            if not (isinstance(state, Tokens) and state.plain and (state.dim, state.inner) == (dim, _size(inner))):
+                raise _illegal(node, f"gathers {x.name}, which is {state or 'Full'}, along dim {dim}")
+
+    def _gather_rows(self, node: fx.Node) -> None:
+        x, dim = node.args[:2]
+        if self.states.get(x) != Tokens(dim):  # type: ignore[arg-type]
+            raise _illegal(node, f"picks rows of {x}, which is {self.states.get(x) or 'Full'}")  # type: ignore[arg-type]
+
+    def _attention(self, node: fx.Node) -> State:
+        q, k, v, mask, prefix_tensor = node.args[:5]
+        if self.states.get(q) != Tokens(2):  # type: ignore[arg-type]
+            raise _illegal(node, f"has a query that is {self.states.get(q) or 'Full'}")  # type: ignore[arg-type]
+        for whole in (k, v, prefix_tensor):
+            if isinstance(whole, fx.Node) and whole in self.states:
+                raise _illegal(node, f"attends over {whole.name}, which is {self.states[whole]}")
+        if isinstance(mask, fx.Node):
+            ndim = len(shape_of(mask))
+            wanted = None if shape_of(mask)[ndim - 2] == 1 else Tokens(ndim - 2)
+            if self.states.get(mask) != wanted:
+                raise _illegal(node, f"has a mask that is {self.states.get(mask) or 'Full'}, not {wanted or 'Full'}")
+        return Tokens(2)
+
+
+def _size(value: object) -> Size:
+    if isinstance(value, fx.Node):
+        value = value.meta["val"]
+    assert isinstance(value, (int, torch.SymInt))
+    return size_of(value)
+
+
