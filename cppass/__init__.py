@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from cppass.api import explain, run_pass, unwrap
     from cppass.backend import npu_cp
     from cppass.report import Report, clear_reports, last_report, reports
-    from cppass.simulate import simulate
+    from cppass.simulator import simulate
 
 __version__ = "0.1.0"
 
@@ -51,7 +51,7 @@ _LATE = {
     "clear_reports": "cppass.report",
     "last_report": "cppass.report",
     "reports": "cppass.report",
-    "simulate": "cppass.simulate",
+    "simulate": "cppass.simulator",
 }
 
 

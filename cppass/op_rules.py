@@ -138,6 +138,14 @@ def _gather(node: fx.Node) -> Axes:
     return Axes(kept, (kept, kept))
 
 
+def _scatter(node: fx.Node) -> Axes:
+    ndim, dim = len(shape_of(node)), argument(node, 1, "dim")
+    shapes = [shape_of(x) for x in tensor_operands(node)]
+    whole = [all(s[d] == shapes[0][d] for s in shapes) for d in range(ndim)]
+    labels = tuple(d if whole[d] and d != dim % ndim else None for d in range(ndim))
+    return Axes(labels, tuple(labels for x in shapes))
+
+
 def _layer_norm(node: fx.Node) -> Axes:
     ndim, operands = len(shape_of(node)), tensor_operands(node)
     rows = ndim - len(node.args[1])  # type: ignore[arg-type]
@@ -163,6 +171,13 @@ class GetItem:
 
     def backward(self, node: fx.Node, state: Tokens, rows: Size) -> Transfer | None:
         return Transfer(state, (state,))
+
+
+def _stack(node: fx.Node) -> Axes:
+    ndim = len(shape_of(node))
+    new = argument(node, 1, "dim", 0) % ndim
+    kept = tuple(d for d in range(ndim) if d != new)
+    return Axes(tuple(None if d == new else d for d in range(ndim)), tuple(kept for x in tensor_operands(node)))
 
 
 class LikeRule:
@@ -217,6 +232,7 @@ RULES: dict[Any, Rule] = {
     aten.slice.Tensor: AxisRule(moved_axes(_sliced), moves=True),
     aten.expand.default: AxisRule(moved_axes(_expanded), moves=True, size_arg=1),
     aten.cat.default: AxisRule(same_axes(_all_in_one_dim), moves=True),
+    aten.stack.default: AxisRule(_stack, moves=True),
     aten.split.Tensor: AxisRule(_split, moves=True),
     aten.split_with_sizes.default: AxisRule(_split, moves=True),
     aten.unbind.int: AxisRule(moved_axes(_selected), moves=True),
@@ -231,6 +247,11 @@ RULES: dict[Any, Rule] = {
     aten.amin.default: AxisRule(moved_axes(_reduced)),
     aten.argmax.default: AxisRule(moved_axes(_reduced)),
     aten.any.dim: AxisRule(moved_axes(_reduced)),
+    aten.all.dim: AxisRule(moved_axes(_reduced)),
+    aten.max.dim: AxisRule(moved_axes(_reduced)),
+    aten.min.dim: AxisRule(moved_axes(_reduced)),
+    aten.argmin.default: AxisRule(moved_axes(_reduced)),
+    aten.prod.dim_int: AxisRule(moved_axes(_reduced)),
     aten.var.correction: AxisRule(moved_axes(_reduced)),
     aten.logsumexp.default: AxisRule(moved_axes(_reduced)),
     aten.linalg_vector_norm.default: AxisRule(moved_axes(lambda n, ndim: _reduced_norm(n, ndim))),
@@ -242,8 +263,12 @@ RULES: dict[Any, Rule] = {
     aten.sort.default: SORT,
     aten.sort.stable: SORT,
     aten.gather.default: AxisRule(_gather),
-    aten.scatter.src: AxisRule(same_axes(_dim(1))),
-    aten.scatter.value: AxisRule(same_axes(_dim(1))),
+    aten.scatter.src: AxisRule(_scatter),
+    aten.scatter.value: AxisRule(_scatter),
+    aten.flip.default: AxisRule(same_axes(lambda node, ndim: list(node.args[1])), moves=True),  # type: ignore[arg-type]
+    aten.cumprod.default: AxisRule(same_axes(_dim(1))),
+    aten.view_as_complex.default: AxisRule(moved_axes(lambda node, ndim: list(range(ndim - 1)))),
+    aten.view_as_real.default: AxisRule(moved_axes(lambda node, ndim: [*range(ndim), None])),
     aten.native_layer_norm.default: AxisRule(_layer_norm),
     aten._fused_rms_norm.default: AxisRule(_layer_norm),
     # matrix products
@@ -302,12 +327,15 @@ def is_matmul(node: fx.Node) -> bool:
     return node.target in MATMULS or getattr(node.target, "_name", "") in NAMED_RULES
 
 
+def factors(node: fx.Node) -> list[fx.Node]:
+    """The two factors of a matrix product (without bias and group offsets)."""
+    operands = tensor_operands(node)
+    return operands[1:3] if node.target in (aten.addmm.default, aten.baddbmm.default) else operands[:2]
+
+
 def contraction_is_one(node: fx.Node) -> bool:
     """A matmul that contracts a single element: an outer product (rope's angles), as cheap as a pointwise op."""
-    first = next((x for x in tensor_operands(node) if node.target in MATMULS), None)
-    if node.target in (aten.addmm.default, aten.baddbmm.default):
-        first = tensor_operands(node)[1]
-    return first is not None and static(first.meta["val"].shape[-1]) == 1
+    return static(factors(node)[0].meta["val"].shape[-1]) == 1
 
 
 def row_selection(node: fx.Node, state: Tokens) -> tuple[int, int] | None:

@@ -22,7 +22,7 @@ from torch import fx
 from cppass.errors import Refusal
 from cppass.explain_node import op_of, refuse
 from cppass.match.kv import SAME, VIEWS
-from cppass.op_rules import is_matmul, row_selection, rule_of
+from cppass.op_rules import factors, is_matmul, row_selection, rule_of
 from cppass.rules import Transfer, is_tensor, shape_of, tensor_operands
 from cppass.shard import Propagation, numbers_rows
 from cppass.site import AttentionSite, Rewrite
@@ -76,6 +76,7 @@ class CPPlan:
         full: how each demanded Full value is made.
         local: how each demanded Local value is made, per state.
         groups: sets of values whose rows travel in one collective; the first is named by the site.
+        gather_states: the Local state each Full.GATHER value is gathered from.
         selections: details of the Full.ROWS nodes.
         gathered: what travels besides K/V.
         refusals: why this graph cannot be rewritten; the rest of the plan means nothing then.
@@ -87,6 +88,7 @@ class CPPlan:
     full: dict[fx.Node, Full]
     local: dict[fx.Node, dict[State, Transfer | Local]]
     groups: tuple[tuple[tuple[fx.Node, Tokens], ...], ...]
+    gather_states: dict[fx.Node, Tokens]
     selections: dict[fx.Node, RowSelection]
     gathered: tuple[Gathered, ...]
     refusals: tuple[Refusal, ...]
@@ -121,6 +123,7 @@ class _Planner:
         self.full_wanted: dict[fx.Node, fx.Node] = {}  # node -> the first user that wants it Full
         self.local: dict[fx.Node, dict[State, Transfer | Local]] = {}
         self.local_wanted: dict[fx.Node, dict[State, None]] = {}
+        self.gather_states: dict[fx.Node, Tokens] = {}
         self.selections: dict[fx.Node, RowSelection] = {}
         self.gathered: list[Gathered] = []
         self.refusals: list[Refusal] = []
@@ -144,6 +147,7 @@ class _Planner:
             {n: self.full[n] for n in self.graph.nodes if n in self.full},
             self.local,
             self.groups,
+            self.gather_states,
             self.selections,
             tuple(reversed(self.gathered)),
             tuple(reversed(self.refusals)),
@@ -165,6 +169,7 @@ class _Planner:
             if how is Full.GATHER:
                 state = self.fresh.get(node) or self.reach.plain_state(node)
                 assert state is not None
+                self.gather_states[node] = state
                 states = list(dict.fromkeys([*states, state]))
         for state in states:
             self.local.setdefault(node, {})[state] = self._local(node, state)
@@ -241,8 +246,8 @@ class _Planner:
         if not trunk or node in self.rowwise:
             return False
         carried = [x for x in trunk if self.reach.ways.get(x) or self.reach.seeds.get(x)]
-        if is_matmul(node) and len(trunk) >= 2:
-            return True
+        if is_matmul(node):
+            return all(x in self.reach.trunk for x in factors(node))
         if node.target in (aten._softmax.default, aten._safe_softmax.default):
             return bool(carried)
         return rule_of(node) is None and len({*carried}) >= 3
@@ -287,8 +292,7 @@ class _Planner:
         replicated = self.full.get(node) is Full.COMPUTE and node not in self.reach.trunk
         if transfer is None or replicated:
             return Local.SHARD
-        trunk = [x for x, s in zip(tensor_operands(node), transfer.operands, strict=True) if x in self.reach.trunk and s is None]
-        if is_matmul(node) and trunk and node not in self.rowwise:
+        if is_matmul(node) and node not in self.rowwise and self._gathers_a_factor(node, transfer):
             self.refusals.append(self._unknown_attention(node))
         for operand, operand_state in zip(tensor_operands(node), transfer.operands, strict=True):
             if operand_state is None:
@@ -296,6 +300,11 @@ class _Planner:
             else:
                 self._want_local(operand, operand_state)
         return transfer
+
+    def _gathers_a_factor(self, node: fx.Node, transfer: Transfer) -> bool:
+        """Local rows times something that depends on all tokens: scores, unless a matcher says so."""
+        needed = zip(tensor_operands(node), transfer.operands, strict=True)
+        return any(x in self.reach.trunk and state is None and x in factors(node) for x, state in needed)
 
     def _want_site(self, site: AttentionSite) -> None:
         self._want_local(site.query, Tokens(site.query_dim))
@@ -332,9 +341,8 @@ class _Planner:
         if site.rewrite is Rewrite.ROWWISE:
             return self.reach.plain_state(source)
         state = Tokens(dim)
-        if self.reach.way(source, state) or state in self.reach.seeds.get(source, ()):
-            return state
-        return None
+        enters = source.op == "placeholder" and state in self.reach.seeds.get(source, ())  # k and v of a snippet
+        return state if enters or self.reach.way(source, state) else None
 
     def _paths_to_fresh(self) -> set[fx.Node]:
         """Nodes between gathered K/V and the attention: repeats and cache writes, computed from the gathered rows."""

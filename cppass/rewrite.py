@@ -105,7 +105,7 @@ class _Rewriter:
         outer, self.origin = self.origin, node
         how = self.plan.full.get(node)
         if how is Full.GATHER:
-            result = self._gather(((node, self._gather_state(node)),))[0]
+            result = self._gather(((node, self.plan.gather_states[node]),))[0]
         elif how is Full.ROWS:
             result = self._rows(node)
         else:
@@ -123,10 +123,6 @@ class _Rewriter:
             return copied
         args, kwargs = fx.map_arg((node.args, node.kwargs), self.full)
         return self.emit(aten.reshape.default if node.target in VIEWS else node.target, args, dict(kwargs))
-
-    def _gather_state(self, node: fx.Node) -> Tokens:
-        states = [s for s in self.plan.local[node] if isinstance(s, Tokens) and s.plain]
-        return states[-1]
 
     def _gathered(self, node: fx.Node) -> fx.Node:
         """A member of a merged gather: all members are computed, then one collective brings them all."""

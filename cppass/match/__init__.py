@@ -45,12 +45,31 @@ def find_sites(graph: fx.Graph) -> Found:
         if node.op != "call_function":
             continue
         matcher = MATCHERS.get(node.target)
-        match = matcher(node) if matcher else _looks_like_attention(node)
+        match = matcher(node) if matcher else _looks_like_attention(node) or _attention_inside(node)
         if isinstance(match, AttentionSite):
             sites.append(match)
         elif match is not None:
             refusals.append(match)
     return Found(tuple(sites), tuple(refusals))
+
+
+def _attention_inside(node: fx.Node) -> Refusal | None:
+    """Attention in a branch or loop body (torch.cond, while_loop): it may run on some ranks or steps only."""
+    if not isinstance(node.target, torch._ops.HigherOrderOperator):
+        return None
+    root = node.graph.owning_module
+    for operand in node.all_input_nodes:
+        body = getattr(root, str(operand.target), None) if operand.op == "get_attr" else None
+        if isinstance(body, fx.GraphModule):
+            inside = find_sites(body.graph)
+            if inside.sites or inside.refusals:
+                return refuse(
+                    "CP107",
+                    node,
+                    f"attention inside a {node.target} body: collectives in a branch or loop could hang the group",
+                    "move the attention out of the body, or compile the body on its own",
+                )
+    return None
 
 
 def _looks_like_attention(node: fx.Node) -> Refusal | None:

@@ -148,9 +148,9 @@ def _parse_scores(node: object, scores: fx.Node) -> _Scores | None:
     while isinstance(node, fx.Node) and node is not scores:
         if node.target in SAME | VIEWS | CONVERSIONS or node.target is aten.expand.default:
             node = node.args[0]
-        elif node.target is aten.mul.Tensor and isinstance(node.args[1], (int, float)) and mask is None:
+        elif node.target is aten.mul.Tensor and isinstance(node.args[1], (int, float)):
             scale, node = scale * node.args[1], node.args[0]
-        elif node.target is aten.div.Tensor and isinstance(node.args[1], (int, float)) and mask is None:
+        elif node.target is aten.div.Tensor and isinstance(node.args[1], (int, float)):
             scale, node = scale / node.args[1], node.args[0]
         elif node.target is aten.add.Tensor and mask is None and scale == 1.0 and len(tensor_operands(node)) == 2:
             left, right = tensor_operands(node)

@@ -93,7 +93,7 @@ def fresh_rows(node: fx.Node, dim: int = 2) -> Fresh:
     """The rows of this step behind what attention reads ([B, H, T, D], tokens in `dim`), and the write between."""
     writes: list[fx.Node] = []
     form = ""
-    node = skip_same(node)
+    node = _behind_read(skip_same(node))
     while node.target in WRITES:
         operands = WRITES[node.target].operands(node)
         if operands is None:
@@ -102,3 +102,11 @@ def fresh_rows(node: fx.Node, dim: int = 2) -> Fresh:
         form = form or WRITES[node.target].name
         node = skip_same(operands[1])
     return Fresh(node, dim, tuple(writes), form)
+
+
+def _behind_read(node: fx.Node) -> fx.Node:
+    """A slice that reads part of a written cache: the write."""
+    written = node
+    while written.target is aten.slice.Tensor:
+        written = skip_same(tensor_operands(written)[0])
+    return written if written.target in WRITES else node

@@ -1,0 +1,107 @@
+"""From whatever FX graph a caller has to the one form the pass reads: functional aten, with metadata.
+
+before:  kc.index_copy_(2, pos, k)                after:  new = index_copy(kc, 2, pos, k); kc.copy_(new)
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from cppass.errors import OptionError
+from cppass.explain_node import op_of
+
+COPY = torch.ops.aten.copy_.default
+
+
+def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
+    """Make `gm` functional and fill in its metadata, in place; nothing is done where it already is and has.
+
+    Raises:
+        OptionError: CP009, a Torch-level trace (modules, methods, torch functions instead of aten ops), or CP010, example
+            inputs that do not fit the placeholders.
+    """
+    _refuse_torch_level(gm)
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    described = all("val" in n.meta for n in gm.graph.nodes if n.op not in ("get_attr", "output"))
+    if _functional(gm.graph) and described:
+        return
+    if len(example_inputs) != len(placeholders):
+        names = ", ".join(str(n.target) for n in placeholders)
+        raise OptionError(
+            "CP010",
+            f"{len(example_inputs)} example inputs for {len(placeholders)} placeholders ({names})",
+            "pass one example input per placeholder, in order",
+        )
+    traced = _trace(gm, list(example_inputs))
+    names = iter(str(n.target) for n in placeholders)
+    for node in traced.graph.nodes:
+        if node.op == "placeholder":
+            node.target = next(names)
+        elif node.op == "get_attr":
+            _take_attribute(gm, traced, str(node.target))
+    gm.graph = traced.graph
+    gm.recompile()
+
+
+def _trace(gm: fx.GraphModule, inputs: list[Any]) -> fx.GraphModule:
+    def run(*args: Any) -> Any:
+        return fx.Interpreter(gm).run(*args)
+
+    functional = torch.func.functionalize(run, remove="mutations") if not _functional(gm.graph) else run
+    fake = any(isinstance(x, torch._subclasses.FakeTensor) for x in inputs)
+    with torch.no_grad():
+        return make_fx(functional, tracing_mode="real" if fake else "fake", _allow_non_fake_inputs=True)(*inputs)
+
+
+def _functional(graph: fx.Graph) -> bool:
+    """No op writes in place, but for the copy_ epilogue into inputs."""
+    for node in graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if node.op != "call_function" or schema is None or not schema.is_mutable:
+            continue
+        target = node.args[0] if node.args else None
+        if node.target is not COPY or not isinstance(target, fx.Node) or target.op != "placeholder" or node.users:
+            return False
+    return True
+
+
+def _refuse_torch_level(gm: fx.GraphModule) -> None:
+    for node in gm.graph.nodes:
+        nested = node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), fx.GraphModule)
+        if nested:
+            _refuse_torch_level(gm.get_submodule(str(node.target)))  # type: ignore[arg-type]
+        elif node.op in ("call_module", "call_method") or (node.op == "call_function" and not _is_aten(node.target)):
+            raise OptionError(
+                "CP009",
+                f"a Torch-level trace: {node.op} {op_of(node)} (node {node.name}) is not an aten op",
+                "trace with torch.fx.experimental.proxy_tensor.make_fx(fn)(*inputs), or compile with backend='npu_cp'",
+            )
+
+
+def _is_aten(target: Any) -> bool:
+    """Ops of the dispatcher, and Python arithmetic on sizes."""
+    if isinstance(target, (torch._ops.OpOverload, torch._ops.HigherOrderOperator)):
+        return True
+    return getattr(target, "__module__", "") in ("_operator", "math", "builtins") or target in (
+        operator.getitem,
+        torch.sym_max,
+        torch.sym_min,
+        torch.sym_float,
+        torch.sym_int,
+        torch.sym_not,
+    )
+
+
+def _take_attribute(gm: fx.GraphModule, traced: fx.GraphModule, target: str) -> None:
+    value = getattr(traced, target)
+    if isinstance(value, torch.Tensor):
+        gm.register_buffer(target, value)
+    else:
+        setattr(gm, target, value)
+

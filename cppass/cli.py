@@ -1,0 +1,189 @@
+"""The command `cppass`. Commands parse, call what does the work, and print what it returns.
+
+Nothing here imports torch before a command runs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+from cppass import CPError, OptionError, __version__
+from cppass.demo.job import ATTENTIONS, CACHES, DTYPES, INNERS, Job
+from cppass.demo.presets import PRESETS
+
+INSTALL = 'pip install "cppass[host]"'
+
+try:
+    import typer
+    from rich.console import Console
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"cppass: the command line needs {missing.name}; {INSTALL}") from missing
+
+if TYPE_CHECKING:
+    from cppass.demo.outcome import Outcome
+
+DEFAULTS = Job(decode=0)
+DECODE = 8
+
+app = typer.Typer(
+    help='Prefill context parallelism as a torch.compile pass: torch.compile(model, backend="npu_cp").',
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def main() -> None:
+    """The console entry point."""
+    _keep_torch_npu_out()
+    app(prog_name="cppass")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"cppass {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _cppass(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """A callback keeps `run` a command of its own while it is the only one."""
+
+
+@app.command()
+def run(
+    preset: Annotated[
+        str, typer.Option(metavar="NAME", help=f"Random weights: {', '.join(PRESETS)}.")
+    ] = DEFAULTS.preset,
+    model: Annotated[str | None, typer.Option(metavar="DIR", help="A local checkpoint, instead of a preset.")] = None,
+    layers: Annotated[int | None, typer.Option(metavar="N", help="Build so many layers.")] = None,
+    vocab: Annotated[int | None, typer.Option(metavar="N", help="Size of a preset's vocabulary.")] = None,
+    tokens: Annotated[int, typer.Option(metavar="N", help="Prompt length.")] = DEFAULTS.tokens,
+    cp: Annotated[
+        int | None, typer.Option(metavar="P", help="Ranks of one thread each. Default: 2, or what torchrun started.")
+    ] = None,
+    decode: Annotated[
+        int | None, typer.Option(metavar="N", help="Decode steps after the prefill. Default: 8; 0 without a cache.")
+    ] = None,
+    batch: Annotated[int, typer.Option(metavar="N", help="Sequences.")] = DEFAULTS.batch,
+    cache: Annotated[str, typer.Option(metavar="KIND", help=f"K/V cache: {', '.join(CACHES)}.")] = DEFAULTS.cache,
+    attention: Annotated[
+        str, typer.Option(metavar="KIND", help=f"attn_implementation: {', '.join(ATTENTIONS)}.")
+    ] = DEFAULTS.attention,
+    dtype: Annotated[str, typer.Option(metavar="TYPE", help=", ".join(DTYPES) + ".")] = DEFAULTS.dtype,
+    dynamic: Annotated[
+        bool | None, typer.Option("--dynamic/--static", help="torch.compile's dynamic. Default: torch decides.")
+    ] = None,
+    inner: Annotated[
+        str, typer.Option(metavar="KIND", help=f"Compiles the rewritten graph: {', '.join(INNERS)}.")
+    ] = DEFAULTS.inner,
+    repeat: Annotated[int, typer.Option(metavar="N", help="Timed prefills; the median counts.")] = DEFAULTS.repeat,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of weights and prompt.")] = DEFAULTS.seed,
+    timeout: Annotated[float, typer.Option(metavar="S", help="Seconds any one step may take.")] = DEFAULTS.timeout,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+    trace: Annotated[bool, typer.Option("--traceback", help="With an error, show where a rank raised it.")] = False,
+) -> None:
+    """Prefill one prompt on one device and, compiled with npu_cp, on P ranks; compare and time them.
+
+    A rank is a process of one thread and stands for a device. Exit status: 0 every rank equals one device, 1 it does
+    not or something failed, 2 wrong usage. Under torchrun its processes are the ranks.
+    """
+    from cppass.demo.torchrun import detect
+
+    try:
+        _need("transformers", "numpy")
+        world = detect()
+        if world and cp not in (None, world.size):
+            raise OptionError("CP052", f"--cp {cp}, but torchrun started {world.size} ranks", "leave --cp out")
+        job = Job(
+            preset=preset,
+            model=model,
+            layers=layers,
+            vocab=vocab,
+            tokens=tokens,
+            ranks=world.size if world else 2 if cp is None else cp,
+            decode=decode if decode is not None else 0 if cache == "none" else DECODE,
+            batch=batch,
+            cache=cache,
+            attention=attention,
+            dtype=dtype,
+            dynamic=dynamic,
+            inner=inner,
+            repeat=repeat,
+            seed=seed,
+            timeout=timeout,
+        )
+    except OptionError as error:
+        if os.environ.get("LOCAL_RANK", "0") != "0":  # every rank of torchrun sees the same arguments; one says so
+            raise typer.Exit(2) from None
+        _fail(error, as_json, trace, status=2)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that `finally` ends the ranks
+    try:
+        outcome = _outcome(job)
+    except CPError as error:
+        _fail(error, as_json, trace, status=1)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; all processes have ended", err=True)
+        raise typer.Exit(128 + signal.SIGINT) from None
+    if outcome is not None:
+        _show(outcome, as_json)
+
+
+def _outcome(job: Job) -> Outcome | None:
+    """The outcome; None on a torchrun rank other than 0."""
+    from cppass.demo import run as spawning
+    from cppass.demo import torchrun
+    from cppass.demo.display import Silent, displayed
+    from cppass.demo.streams import private_copy
+
+    world = torchrun.detect()
+    if world and world.rank:
+        return torchrun.run_as_rank(job, world, Silent())
+    with private_copy(2) as stream, displayed(Console(file=stream)) as display:
+        return torchrun.run_as_rank(job, world, display) if world else spawning.run(job, display)
+
+
+def _show(outcome: Outcome, as_json: bool) -> None:
+    from cppass.demo.report import render
+
+    if as_json:
+        typer.echo(json.dumps(outcome.to_dict()))
+    else:
+        render(outcome, Console())
+    raise typer.Exit(0 if outcome.passed else 1)
+
+
+def _fail(error: CPError, as_json: bool, trace: bool, status: int) -> NoReturn:
+    from cppass.demo.report import error_dict, render_error
+
+    if as_json:
+        typer.echo(json.dumps(error_dict(error)))
+    render_error(error, Console(stderr=True), trace)
+    raise typer.Exit(status)
+
+
+def _need(*modules: str) -> None:
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise OptionError("CP055", f"this command needs {module}, which is not installed", INSTALL)
+
+
+def _keep_torch_npu_out() -> None:
+    """Without CANN, torch_npu fails while torch autoloads it, and a plain `import torch` with it."""
+    has_cann = "ASCEND_HOME_PATH" in os.environ or "ASCEND_TOOLKIT_HOME" in os.environ
+    if not has_cann and importlib.util.find_spec("torch_npu") is not None:
+        os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+
+
+if __name__ == "__main__":
+    main()
