@@ -50,7 +50,14 @@ def run_pass(
     return report
 
 
-def explain(model: Callable[..., Any], *args: Any, cp_size: int, options: dict[str, Any] | None = None, **kwargs: Any) -> Report:
+def explain(
+    model: Callable[..., Any],
+    *args: Any,
+    cp_size: int,
+    dynamic: bool | None = None,
+    options: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Report:
     """What the pass would do to a model, without a process group.
 
     Runs `model(*args, **kwargs)` once on this process, unsharded, so caches that are passed in are written.
@@ -58,6 +65,7 @@ def explain(model: Callable[..., Any], *args: Any, cp_size: int, options: dict[s
     Args:
         model: a module or function, as one would give it to torch.compile.
         cp_size: number of ranks to plan for.
+        dynamic: dynamic shapes, as torch.compile takes it.
         options: further options of the backend, such as {"strict": True}.
 
     Returns:
@@ -77,7 +85,7 @@ def explain(model: Callable[..., Any], *args: Any, cp_size: int, options: dict[s
 
     torch._dynamo.reset()
     with torch.no_grad():
-        torch.compile(model, backend=backend, dynamic=kwargs.pop("dynamic", None))(*args, **kwargs)
+        torch.compile(model, backend=backend, dynamic=dynamic)(*args, **kwargs)
     if not found:
         raise CPError("CP106", "Dynamo captured no graph of this model", "see TORCH_LOGS=graph_breaks")
     best = max(found, key=lambda r: len(r.sites))

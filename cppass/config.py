@@ -16,6 +16,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "inner": ("auto", "eager", "inductor"),
 }
 
+NON_GROUP_MEMBER = -100  # what torch.distributed.new_group returns on a rank that is not in the group
+
 
 @dataclasses.dataclass(frozen=True)
 class CPConfig:
@@ -63,11 +65,11 @@ class CPConfig:
             raise _bad("mode", self.mode, "a string or None")
         if self.group is not None and not _is_group(self.group):
             raise _bad("group", self.group, "a ProcessGroup, the name of one, or a one-dimensional DeviceMesh")
-        for name, value, issue in (("inputs", "sharded", ""), ("target", "npu", ""), ("check_inputs", True, "")):
+        for name, value in (("inputs", "sharded"), ("target", "npu")):
             if getattr(self, name) == value:
                 raise Unsupported(
                     "CP002",
-                    f"option {name}={value!r} is not implemented in this version{issue}",
+                    f"option {name}={value!r} is not implemented in this version",
                     f"leave {name} at its default, {getattr(type(self), name)!r}",
                 )
 
@@ -106,4 +108,4 @@ def _check_int(name: str, value: object, least: int, optional: bool = False) -> 
 def _is_group(value: object) -> bool:
     """By name of type, so that checking options imports no torch.distributed."""
     kinds = {c.__name__ for c in type(value).__mro__}
-    return isinstance(value, str) or bool(kinds & {"ProcessGroup", "DeviceMesh"})
+    return isinstance(value, str) or value == NON_GROUP_MEMBER or bool(kinds & {"ProcessGroup", "DeviceMesh"})

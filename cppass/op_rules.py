@@ -79,6 +79,12 @@ def _expanded(node: fx.Node, ndim: int) -> list[int | None]:
     return [d - first if d >= first and source[d - first] == out[d] else None for d in range(len(out))]
 
 
+def _repeated(node: fx.Node, ndim: int) -> list[int | None]:
+    repeats = list(node.args[1])  # type: ignore[arg-type]
+    first = len(repeats) - ndim
+    return [d - first if d >= first and repeats[d] == 1 else None for d in range(len(repeats))]
+
+
 def _reduced(node: fx.Node, ndim: int) -> list[int | None]:
     given = argument(node, 1, "dim", None)
     dims = range(ndim) if given in (None, []) else given if isinstance(given, (list, tuple)) else [given]
@@ -231,6 +237,7 @@ RULES: dict[Any, Rule] = {
     aten.select.int: AxisRule(moved_axes(_selected), moves=True),
     aten.slice.Tensor: AxisRule(moved_axes(_sliced), moves=True),
     aten.expand.default: AxisRule(moved_axes(_expanded), moves=True, size_arg=1),
+    aten.repeat.default: AxisRule(moved_axes(_repeated), moves=True),
     aten.cat.default: AxisRule(same_axes(_all_in_one_dim), moves=True),
     aten.stack.default: AxisRule(_stack, moves=True),
     aten.split.Tensor: AxisRule(_split, moves=True),

@@ -206,6 +206,8 @@ class _Planner:
         state = self.reach.plain_state(source)
         if state is None or source not in self.reach.trunk or (state.outer, state.inner) != (1, 1):
             return False
+        if source in self.fresh or source in self.full_wanted:
+            return False  # the whole of it travels anyway
         if self.reach.plain_state(node) is not None:
             return False  # cuts another dimension
         rows = row_selection(node, state)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from cppass.config import CPConfig
+from cppass.config import NON_GROUP_MEMBER, CPConfig
 from cppass.errors import CPWarning, OptionError
 from cppass.target import Ranks
 from cppass.torch_private import resolve_group
@@ -88,7 +88,7 @@ def _resolve(group: Any) -> Any:
                 f"pass one of its dimensions, such as mesh[{(names or ('cp',))[0]!r}]",
             )
         return group.get_group()
-    if group is dist.GroupMember.NON_GROUP_MEMBER:
+    if group == NON_GROUP_MEMBER:
         raise OptionError("CP005", "this process is not in the given group", "run the plain model on this rank")
     return group
 

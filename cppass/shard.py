@@ -8,9 +8,11 @@ Nothing is decided here: cppass/plan.py does that, from what is demanded.
 from __future__ import annotations
 
 import dataclasses
+import operator
 
 from torch import fx
 
+from cppass.match import MATCHERS
 from cppass.op_rules import contraction_is_one, is_matmul, rule_of
 from cppass.rules import Transfer, is_tensor, shape_of, tensor_operands
 from cppass.site import AttentionSite, Rewrite
@@ -125,6 +127,22 @@ def numbers_rows(node: fx.Node, state: State) -> bool:
     )
 
 
+def _backward(node: fx.Node, state: Tokens, tokens: Size) -> Transfer | None:
+    rule = rule_of(node) if node.op == "call_function" else None
+    if rule is None:
+        return None
+    source = node.args[0] if node.target is operator.getitem else None
+    if isinstance(source, fx.Node) and _is_opaque(source, state, tokens):
+        return None
+    return rule.backward(node, state, tokens)
+
+
+def _is_opaque(source: fx.Node, state: Tokens, tokens: Size) -> bool:
+    """A tuple whose op cannot carry this state."""
+    rule = rule_of(source)
+    return source.target not in MATCHERS and (rule is None or rule.backward(source, state, tokens) is None)
+
+
 def _seeds(
     graph: fx.Graph, sites: tuple[AttentionSite, ...], site_of: dict[fx.Node, AttentionSite], tokens: Size
 ) -> dict[fx.Node, tuple[Tokens, ...]]:
@@ -150,10 +168,11 @@ def _seeds(
     seeds: dict[fx.Node, tuple[Tokens, ...]] = {}
     for node in reversed(graph.nodes):
         for state in wanted.get(node, ()):
-            rule = None if node in site_of else rule_of(node)
-            transfer = rule.backward(node, state, tokens) if rule is not None and node.op == "call_function" else None
+            transfer = None if node in site_of else _backward(node, state, tokens)
             if node in site_of:
                 want(site_of[node].query, state)
+            elif transfer is None and isinstance(node.meta["val"], (tuple, list)):
+                pass  # tokens cannot enter at a tuple, but at its elements
             elif transfer is None:
                 seeds[node] = (*seeds.get(node, ()), state)
             else:

@@ -129,7 +129,7 @@ def phases(job: Job) -> tuple[Phase, Phase, Phase]:
 
 
 def count(number: int, noun: str) -> str:
-    """"1 rank", "2 ranks", "4,096 tokens"."""
+    """ "1 rank", "2 ranks", "4,096 tokens"."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
@@ -143,7 +143,9 @@ def _check_checkpoint(folder: Path, vocab: int | None) -> None:
         raise OptionError("CP051", f"there is no directory {os.fspath(folder)!r}", "give --model a local checkpoint")
     if not (folder / "config.json").is_file():
         raise OptionError(
-            "CP051", f"{os.fspath(folder)!r} has no config.json", "give --model a directory that save_pretrained() wrote"
+            "CP051",
+            f"{os.fspath(folder)!r} has no config.json",
+            "give --model a directory that save_pretrained() wrote",
         )
     if vocab is not None:
         raise OptionError("CP050", "--vocab does not go with --model", "leave --vocab out: a checkpoint has its own")

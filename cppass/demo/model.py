@@ -27,45 +27,51 @@ def build(job: Job) -> PreTrainedModel:
     torch.manual_seed(job.seed)
     if job.model is None:
         config = PRESETS[job.preset].config(job.layers, job.vocab, job.tokens + job.decode)
-        return AutoModelForCausalLM.from_config(config, **how).eval()
-    config = _checkpoint_config(job)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **how)  # type: ignore[no-untyped-call]
+        model.train(False)
+        return model
+    config = _checkpoint_config(job.model, job.layers)
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(job.model, config=config, local_files_only=True, **how)
+        model = AutoModelForCausalLM.from_pretrained(job.model, config=config, local_files_only=True, **how)
     except (OSError, ValueError) as error:
-        raise OptionError("CP051", f"cannot load {job.model!r}: {_first_line(error)}", "see --model") from error
-    return loaded.eval()
+        raise OptionError(
+            "CP051", f"cannot load {job.model!r}: {_first_sentence(error)}", "it may need another --attention"
+        ) from error
+    model.train(False)
+    return model
 
 
-def _checkpoint_config(job: Job) -> PreTrainedConfig:
+def _checkpoint_config(folder: str, layers: int | None) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(job.model, local_files_only=True, trust_remote_code=False)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise OptionError(
-            "CP051", f"cannot read the config of {job.model!r}: {_first_line(error)}", "transformers must know its type"
+            "CP051",
+            f"cannot read the config of {folder!r}: {_first_sentence(error)}",
+            "transformers must know its type",
         ) from error
     text = config.get_text_config(decoder=True)
-    if job.layers is not None:
-        if job.layers > text.num_hidden_layers:
+    if layers is not None:
+        if layers > text.num_hidden_layers:
             has = count(text.num_hidden_layers, "layer")
-            raise OptionError("CP051", f"--layers {job.layers}, but {job.model!r} has {has}", f"give at most {has}")
+            raise OptionError("CP051", f"--layers {layers}, but {folder!r} has {has}", f"give at most {has}")
         if getattr(text, "layer_types", None):
-            text.layer_types = text.layer_types[: job.layers]
-        text.num_hidden_layers = job.layers
+            text.layer_types = text.layer_types[:layers]
+        text.num_hidden_layers = layers
     return config
 
 
 def facts(job: Job, model: PreTrainedModel) -> ModelFacts:
     """What was built, in numbers."""
     config = model.config.get_text_config(decoder=True)
-    heads = config.num_attention_heads
     return ModelFacts(
         family=config.model_type,
         parameters=sum(p.numel() for p in model.parameters()),
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
-        heads=heads,
+        heads=_heads(config),
         kv_heads=_kv_heads(config),
         head_dim=_head_dim(config),
         vocab=config.vocab_size,
@@ -91,7 +97,7 @@ def prompt(job: Job, vocab: int) -> torch.Tensor:
 
 
 def fresh_cache(job: Job, model: PreTrainedModel) -> Cache | None:
-    """An empty cache for one prefill and its decode steps. A static one is allocated here, outside the compiled code."""
+    """An empty cache for one prefill and its decode steps; a static one is allocated here, not in compiled code."""
     from transformers import DynamicCache, StaticCache
 
     if job.cache == "none":
@@ -106,18 +112,24 @@ def fresh_cache(job: Job, model: PreTrainedModel) -> Cache | None:
 
 def keys_and_values(cache: Cache | None) -> list[torch.Tensor]:
     """K and V of every layer that has them, [batch, kv_heads, length, head_dim], in layer order."""
-    pairs = [(layer.keys, layer.values) for layer in cache.layers] if cache is not None else []
+    layers = cache.layers if cache is not None else []
+    pairs = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers]
     return [t for pair in pairs for t in pair if isinstance(t, torch.Tensor)]
 
 
+def _heads(config: PreTrainedConfig) -> int:
+    """0 for a model without attention."""
+    return int(getattr(config, "num_attention_heads", None) or 0)
+
+
 def _kv_heads(config: PreTrainedConfig) -> int:
-    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    return int(getattr(config, "num_key_value_heads", None) or _heads(config))
 
 
 def _head_dim(config: PreTrainedConfig) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    return int(getattr(config, "head_dim", None) or config.hidden_size // max(1, _heads(config)))
 
 
-def _first_line(error: BaseException) -> str:
+def _first_sentence(error: BaseException) -> str:
     text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    return text.splitlines()[0].split(". ")[0] if text else type(error).__name__

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,13 +92,10 @@ def compiled(job: Job, model: torch.nn.Module) -> Forward:
     """The one line this product is about."""
     if job.dynamic is False:  # a dynamic cache grows with each step, so a static graph is compiled for each step
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, job.decode + 4)
-    options = {"inner": job.inner} if BACKEND == "npu_cp" else {}
-    return torch.compile(model, backend=BACKEND, dynamic=job.dynamic, options=options)
+    return torch.compile(model, backend=BACKEND, dynamic=job.dynamic, options={"inner": job.inner})
 
 
-def timed_prefill(
-    forward: Forward, ids: torch.Tensor, cache: Cache | None
-) -> tuple[float, torch.Tensor, torch.Tensor]:
+def timed_prefill(forward: Forward, ids: torch.Tensor, cache: Cache | None) -> tuple[float, torch.Tensor, torch.Tensor]:
     """Time to first token: seconds, last token's logits [batch, vocab], first generated token [batch, 1]."""
     start = time.perf_counter()
     logits = last_logits(forward, ids, cache)
@@ -128,14 +125,19 @@ def reported() -> Rewriting:
     chosen = [r for r in reports if r.status == "rewritten"] or list(reports)
     if not chosen:
         raise CPError("CP653", "the backend reported nothing about this model", "is anything of it compiled?")
-    received = [r.received_bytes for r in chosen]
     return Rewriting(
         status=chosen[0].status,
         sites=sum(len(r.sites) for r in chosen),
         collectives=sum(r.collectives for r in chosen),
-        received_bytes=None if None in received else sum(received),
+        received_bytes=total(r.received_bytes for r in chosen),
         text="\n".join(str(r) for r in chosen),
     )
+
+
+def total(values: Iterable[int | None]) -> int | None:
+    """The sum, or None where one is not known."""
+    known = list(values)
+    return None if None in known else sum(v for v in known if v is not None)
 
 
 def compare(found: list[torch.Tensor], reference: Path) -> Comparison:
@@ -173,5 +175,4 @@ def largest(a: torch.Tensor, b: torch.Tensor | None = None) -> float:
 def absorb(digest: Any, tensors: list[torch.Tensor]) -> None:
     """Feed the bytes of tensors to a hashlib object."""
     for t in tensors:
-        digest.update(memoryview(t.detach().contiguous().view(torch.uint8).numpy()))
-
+        digest.update(t.detach().contiguous().view(torch.uint8).numpy().data)

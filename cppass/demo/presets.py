@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -46,7 +46,7 @@ class Preset:
         """
         from transformers import Qwen3Config, Qwen3MoeConfig
 
-        shape = {
+        shape: dict[str, Any] = {
             "vocab_size": vocab or self.vocab,
             "hidden_size": self.hidden,
             "intermediate_size": self.intermediate,
@@ -59,7 +59,7 @@ class Preset:
         }
         if not self.experts:
             return Qwen3Config(**shape)
-        moe = {
+        moe: dict[str, Any] = {
             "num_experts": self.experts,
             "num_experts_per_tok": self.experts_per_token,
             "moe_intermediate_size": self.expert_width,

@@ -1,4 +1,4 @@
-"""Keeping what libraries print (Python warnings, gloo's connection lines) off the screen, below Python, by descriptor."""
+"""Keeping what libraries print (warnings, gloo's connection lines) off the screen: below Python, by descriptor."""
 
 from __future__ import annotations
 

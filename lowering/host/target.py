@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from cppass.errors import InternalError
 from cppass.ops import CANONICAL
 from cppass.target import Ranks
 from cppass.torch_private import fake_mode_of
-from lowering.host import ops as host_ops
+import lowering.host.ops  # noqa: F401  (defines torch.ops.cppass_host)
+from lowering.host.inductor import compile_with_inductor
 
 canonical = torch.ops.cppass
 host = torch.ops.cppass_host
@@ -45,7 +45,7 @@ class HostTarget:
 
     def compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any], inner: str) -> Callable[..., Any]:
         if inner == "inductor":
-            return _inductor(gm, example_inputs)
+            return compile_with_inductor(gm, example_inputs)
         return gm.forward
 
 
@@ -92,14 +92,4 @@ LOWERINGS: dict[str, Callable[[_Emitter, fx.Node, Ranks], fx.Node]] = {
 }
 
 
-def _inductor(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-    try:
-        from torch._inductor.compile_fx import compile_fx
-    except ImportError as error:  # pragma: no cover
-        raise InternalError("CP502", f"Inductor cannot be imported: {error}", "inner='eager'") from error
-    compiled: Callable[..., Any] = compile_fx(gm, list(example_inputs))
-    return compiled
-
-
 TARGET = HostTarget()
-assert host_ops.OPS
