@@ -10,8 +10,20 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from cppass.config import CPConfig
-from cppass.errors import CPError, CPWarning, OptionError, Refusal, RefusedError, Unsupported, VerifyError
+from cppass.environment import keep_torch_importable
+
+keep_torch_importable()
+
+from cppass.config import CPConfig  # noqa: E402
+from cppass.errors import (  # noqa: E402
+    CPError,
+    CPWarning,
+    OptionError,
+    Refusal,
+    RefusedError,
+    Unsupported,
+    VerifyError,
+)
 
 if TYPE_CHECKING:
     from cppass.api import explain, run_pass, unwrap

@@ -19,13 +19,18 @@ from cppass.target import load
 
 
 def run_pass(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], config: CPConfig | None = None, *, lower: bool = True, **options: Any
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    config: CPConfig | None = None,
+    *,
+    lower: bool = True,
+    **options: Any,
 ) -> Report:
     """Apply the whole pass to an FX GraphModule, in place.
 
     Args:
-        gm: aten ops; a snippet whose placeholders are q, k, v will do. In-place ops are functionalised, missing metadata
-            is filled in.
+        gm: aten ops; a snippet whose placeholders are q, k, v will do. In-place ops are functionalised, missing
+            metadata is filled in.
         example_inputs: one per placeholder; their values are not used.
         config: options; or give them as keywords. `cp_size` is needed where there is no process group.
         lower: False keeps the canonical, rank-free `cppass::` ops.
@@ -40,7 +45,9 @@ def run_pass(
     config = dataclasses.replace(config, **options) if config is not None else CPConfig.from_options(options)
     ranks = ranks_without_group(config)
     if not isinstance(gm, fx.GraphModule):
-        raise OptionError("CP009", f"run_pass takes an fx.GraphModule, not {type(gm).__name__}", "trace it with make_fx")
+        raise OptionError(
+            "CP009", f"run_pass takes an fx.GraphModule, not {type(gm).__name__}", "trace it with make_fx"
+        )
     capture(gm, example_inputs)
     report = rewrite_graph(gm, config, ranks.cp_size)
     if report.status == REFUSED and config.on_refusal == "raise":
@@ -81,7 +88,7 @@ def explain(
             found.append(rewrite_graph(_copy(aot_gm), config, cp_size))
             return aot_gm.forward
 
-        return aot_autograd(fw_compiler=look, keep_inference_input_mutations=True)(gm, example_inputs)  # type: ignore[no-any-return]
+        return aot_autograd(fw_compiler=look, keep_inference_input_mutations=True)(gm, example_inputs)
 
     torch._dynamo.reset()
     with torch.no_grad():
@@ -113,4 +120,3 @@ def unwrap(error: BaseException) -> BaseException:
             return inner
         inner = getattr(inner, "inner_exception", None) or inner.__cause__
     return error
-

@@ -1,6 +1,6 @@
 """npu_cp: the backend of torch.compile. Dynamo graph -> AOT -> the pass -> a target -> what runs.
 
-    torch.compile(model, backend="npu_cp", options={"inner": "eager"})
+torch.compile(model, backend="npu_cp", options={"inner": "eager"})
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def npu_cp(
     """The backend: called by Dynamo once per graph. Options are the fields of CPConfig.
 
     Raises:
-        CPError: wrong options, gradients, a graph that cannot be rewritten (wrapped by Dynamo as the `inner_exception` of
-            BackendCompilerFailed). Under `suppress_errors` Dynamo would run the model silently unsharded instead, so
+        CPError: wrong options, gradients, a graph that cannot be rewritten (wrapped by Dynamo as the `inner_exception`
+            of BackendCompilerFailed). Under `suppress_errors` Dynamo would run the model silently unsharded instead, so
             then the error is raised by the compiled graph when it is called.
     """
     try:
@@ -66,7 +66,7 @@ def _through_aot(gm: fx.GraphModule, example_inputs: Sequence[Any], config: CPCo
     compiler = aot_autograd(
         fw_compiler=_refuse_gradients, inference_compiler=inference, keep_inference_input_mutations=True
     )
-    return compiler(gm, example_inputs)  # type: ignore[no-any-return]
+    return compiler(gm, example_inputs)
 
 
 def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: CPConfig, ranks: Ranks) -> Compiled:
@@ -117,8 +117,8 @@ def _warn_of_recompile_limit(config: CPConfig) -> None:
     if number is None or number[1] + 1 < limit:
         return
     note = (
-        f"graph {number[0]} is the last one Dynamo compiles for this function (recompile_limit={limit}): calls that fit "
-        "none of its graphs will run eagerly, unsharded, on every rank"
+        f"graph {number[0]} is the last one Dynamo compiles for this function (recompile_limit={limit}): calls that "
+        "fit none of its graphs will run eagerly, unsharded, on every rank"
     )
     record(Report("left alone", reason=note, graph=number[0]))
     warnings.warn(f"cppass: {note}; use dynamic=True, or raise the limit", CPWarning, stacklevel=2)

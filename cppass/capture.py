@@ -23,8 +23,8 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
     """Make `gm` functional and fill in its metadata, in place; nothing is done where it already is and has.
 
     Raises:
-        OptionError: CP009, a Torch-level trace (modules, methods, torch functions instead of aten ops), or CP010, example
-            inputs that do not fit the placeholders.
+        OptionError: CP009, a Torch-level trace (modules, methods, torch functions instead of aten ops), or CP010,
+            example inputs that do not fit the placeholders.
     """
     _refuse_torch_level(gm)
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
@@ -39,10 +39,10 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
             "pass one example input per placeholder, in order",
         )
     traced = _trace(gm, list(example_inputs))
-    names = iter(str(n.target) for n in placeholders)
+    targets = iter(str(n.target) for n in placeholders)
     for node in traced.graph.nodes:
         if node.op == "placeholder":
-            node.target = next(names)
+            node.target = next(targets)
         elif node.op == "get_attr":
             _take_attribute(gm, traced, str(node.target))
     gm.graph = traced.graph
@@ -104,4 +104,3 @@ def _take_attribute(gm: fx.GraphModule, traced: fx.GraphModule, target: str) -> 
         gm.register_buffer(target, value)
     else:
         setattr(gm, target, value)
-

@@ -24,7 +24,8 @@ class CPConfig:
     """Options of `torch.compile(model, backend="npu_cp", options={...})`.
 
     Attributes:
-        group: the ranks that share a sequence: a ProcessGroup, its name, or a one-dimensional DeviceMesh. None: the world.
+        group: the ranks that share a sequence: a ProcessGroup, its name, or a one-dimensional DeviceMesh. None: the
+            world.
         cp_size: number of ranks where there is no group (run_pass, explain); with a group it must agree with it.
         rank: this rank's number in the group where there is no group; 0 by default.
         inputs: "replicated": every rank is handed the same full inputs and gets the full outputs.
@@ -87,7 +88,9 @@ class CPConfig:
                 close = difflib.get_close_matches(str(name), names, 1)
                 meant = f"did you mean {close[0]!r}? " if close else ""
                 raise OptionError(
-                    "CP001", f"unknown option {name!r} (given {given[name]!r})", f"{meant}options are {', '.join(names)}"
+                    "CP001",
+                    f"unknown option {name!r} (given {given[name]!r})",
+                    f"{meant}options are {', '.join(names)}",
                 )
         if mode is not None:
             given.setdefault("mode", mode)

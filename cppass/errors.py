@@ -1,6 +1,7 @@
 """Errors and refusals: what went wrong, where, and the way out.
 
-Codes are stable: CP0xx options and call, CP1xx find, CP2xx shard, CP3xx plan, CP4xx verify, CP5xx lower, CP6xx run time.
+Codes are stable: CP0xx options and call, CP1xx find, CP2xx shard, CP3xx plan, CP4xx verify, CP5xx lower, CP6xx run
+time, CP9xx internal.
 
 `torch.compile` wraps whatever a backend raises: users catch `torch._dynamo.exc.BackendCompilerFailed` and find the
 `CPError` as its `inner_exception` (`cppass.unwrap` returns it).

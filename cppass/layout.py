@@ -18,7 +18,7 @@ Source: the zigzag split of SGLang PR #21685 and of ring-flash-attention; docs/h
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Size = TypeVar("Size")  # int, torch.SymInt or sympy.Expr
 
@@ -30,12 +30,14 @@ def blocks(cp_size: int) -> int:
 
 def block_rows(tokens: Size, cp_size: int) -> Size:
     """Rows of one block: ceil(tokens / (2 * cp_size))."""
-    return (tokens + (2 * cp_size - 1)) // (2 * cp_size)  # type: ignore[operator,no-any-return]
+    total: Any = tokens
+    return (total + (2 * cp_size - 1)) // (2 * cp_size)  # type: ignore[no-any-return]
 
 
 def local_rows(tokens: Size, cp_size: int) -> Size:
     """Rows of one rank, padding included; the same on every rank, as collectives need."""
-    return 2 * block_rows(tokens, cp_size)  # type: ignore[operator,no-any-return]
+    rows: Any = block_rows(tokens, cp_size)
+    return 2 * rows  # type: ignore[no-any-return]
 
 
 def owned_blocks(rank: int, cp_size: int) -> tuple[int, int]:

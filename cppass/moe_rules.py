@@ -73,7 +73,7 @@ def index_points(node: fx.Node, slot: int, state: State, rows: Size) -> Transfer
     """x[rows], where `rows` are row numbers of exactly the axis that x carries: x's rows, in the order of `rows`."""
     if not isinstance(state, Tokens) or slot != 1 or state.points is None:
         return None
-    indices = list(node.args[1])  # type: ignore[arg-type]
+    indices = argument(node, 1, "indices")
     if len(indices) != 1 or len(shape_of(tensor_operands(node)[1])) != 1:
         return None
     looked_up = Tokens(0, state.points.outer, state.points.inner, state.points.order)
@@ -88,7 +88,9 @@ class IndexPutRule:
 
     def forward(self, node: fx.Node, slot: int, state: State, rows: Size) -> Transfer | None:
         target, indices, values = node.args[:3]
-        if not (isinstance(state, Tokens) and state.points and isinstance(indices, (list, tuple)) and len(indices) == 1):
+        if not (
+            isinstance(state, Tokens) and state.points and isinstance(indices, (list, tuple)) and len(indices) == 1
+        ):
             return None
         empty = isinstance(target, fx.Node) and target.target in (aten.empty_like.default, aten.zeros_like.default)
         counting = isinstance(values, fx.Node) and values.target is aten.arange.default

@@ -40,18 +40,18 @@ prims = torch.ops.prims
 
 def _transposed(node: fx.Node, ndim: int) -> list[int | None]:
     order: list[int | None] = list(range(ndim))
-    a, b = (int(node.args[1]) % ndim, int(node.args[2]) % ndim)  # type: ignore[arg-type,call-overload]
+    a, b = argument(node, 1, "dim0") % ndim, argument(node, 2, "dim1") % ndim
     order[a], order[b] = order[b], order[a]
     return order
 
 
 def _permuted(node: fx.Node, ndim: int) -> list[int | None]:
-    return [d % ndim for d in node.args[1]]  # type: ignore[union-attr,operator]
+    return [d % ndim for d in argument(node, 1, "dims")]
 
 
 def _unsqueezed(node: fx.Node, ndim: int) -> list[int | None]:
     order: list[int | None] = list(range(ndim))
-    order.insert(int(node.args[1]) % (ndim + 1), None)  # type: ignore[arg-type,call-overload]
+    order.insert(argument(node, 1, "dim") % (ndim + 1), None)
     return order
 
 
@@ -80,7 +80,7 @@ def _expanded(node: fx.Node, ndim: int) -> list[int | None]:
 
 
 def _repeated(node: fx.Node, ndim: int) -> list[int | None]:
-    repeats = list(node.args[1])  # type: ignore[arg-type]
+    repeats = list(argument(node, 1, "repeats"))
     first = len(repeats) - ndim
     return [d - first if d >= first and repeats[d] == 1 else None for d in range(len(repeats))]
 
@@ -109,7 +109,7 @@ def _embedding(node: fx.Node) -> Axes:
 
 def _index(node: fx.Node) -> Axes | None:
     """x[..., i, j, ...]: the indexed axes of x are looked up, the indices' axes take their place."""
-    indices = list(node.args[1])  # type: ignore[arg-type]
+    indices = list(argument(node, 1, "indices"))
     indexed = [d for d, i in enumerate(indices) if i is not None]
     operands = tensor_operands(node)
     if any(i.meta["val"].dtype == torch.bool for i in operands[1:]):
@@ -132,7 +132,7 @@ def _index(node: fx.Node) -> Axes | None:
 
 def _index_select(node: fx.Node) -> Axes:
     ndim = len(shape_of(node))
-    dim = int(node.args[1]) % ndim  # type: ignore[arg-type,call-overload]
+    dim = argument(node, 1, "dim") % ndim
     source = tuple(None if d == dim else d for d in range(ndim))
     return Axes(tuple(range(ndim)), (source, (dim,)))
 
@@ -154,7 +154,7 @@ def _scatter(node: fx.Node) -> Axes:
 
 def _layer_norm(node: fx.Node) -> Axes:
     ndim, operands = len(shape_of(node)), tensor_operands(node)
-    rows = ndim - len(node.args[1])  # type: ignore[arg-type]
+    rows = ndim - len(argument(node, 1, "normalized_shape"))
     labels = tuple(d if d < rows else None for d in range(ndim))
     return Axes(labels, (labels, *((None,) * len(shape_of(x)) for x in operands[1:])))
 
@@ -244,7 +244,7 @@ RULES: dict[Any, Rule] = {
     aten.split_with_sizes.default: AxisRule(_split, moves=True),
     aten.unbind.int: AxisRule(moved_axes(_selected), moves=True),
     aten.constant_pad_nd.default: AxisRule(
-        same_axes(lambda node, ndim: [ndim - 1 - d for d in range(len(node.args[1]) // 2)])  # type: ignore[arg-type]
+        same_axes(lambda node, ndim: [ndim - 1 - d for d in range(len(argument(node, 1, "pad")) // 2)])
     ),
     operator.getitem: GetItem(),
     # an axis is used up
@@ -272,7 +272,7 @@ RULES: dict[Any, Rule] = {
     aten.gather.default: AxisRule(_gather),
     aten.scatter.src: AxisRule(_scatter),
     aten.scatter.value: AxisRule(_scatter),
-    aten.flip.default: AxisRule(same_axes(lambda node, ndim: list(node.args[1])), moves=True),  # type: ignore[arg-type]
+    aten.flip.default: AxisRule(same_axes(lambda node, ndim: list(argument(node, 1, "dims"))), moves=True),
     aten.cumprod.default: AxisRule(same_axes(_dim(1))),
     aten.view_as_complex.default: AxisRule(moved_axes(lambda node, ndim: list(range(ndim - 1)))),
     aten.view_as_real.default: AxisRule(moved_axes(lambda node, ndim: [*range(ndim), None])),

@@ -4,8 +4,8 @@ A canonical op has a schema, a shape (fake) function and a meaning: a plain torc
 returns every rank's result. Targets re-implement it; `cppass.simulate` runs the meaning itself; tests compare the two.
 Running a canonical op in a process of its own is an error, since it does not know its rank.
 
-Shapes: S tokens, P ranks, c = ceil(S / 2P) rows of a block, m = 2c local rows (see cppass/layout.py). The token dimension
-has size outer * S * inner (Full) or outer * m * inner (Local).
+Shapes: S tokens, P ranks, c = ceil(S / 2P) rows of a block, m = 2c local rows (see cppass/layout.py). The token
+dimension has size outer * S * inner (Full) or outer * m * inner (Local).
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from torch import Tensor
 
 from cppass import layout
 from cppass.errors import VerifyError
+from cppass.torch_private import OpLibrary
 
-_library = torch.library.Library("cppass", "DEF")
+_library = OpLibrary("cppass")
 
 SCHEMAS = {
     "shard": "(Tensor x, int dim, SymInt inner, SymInt tokens, int cp_size) -> Tensor",
@@ -73,9 +74,7 @@ def shard(xs: list[Tensor], dim: int, inner: int, tokens: int, cp_size: int) -> 
     return results
 
 
-def gather(
-    xs: list[list[Tensor]], dims: list[int], inners: list[int], tokens: int, cp_size: int
-) -> list[list[Tensor]]:
+def gather(xs: list[list[Tensor]], dims: list[int], inners: list[int], tokens: int, cp_size: int) -> list[list[Tensor]]:
     """Several Local values [.., outer * m * inner, ..] -> Full ones, natural order, the same bits on every rank."""
     rows = layout.local_rows(tokens, cp_size)
     full = []
@@ -111,7 +110,7 @@ def attention(
 ) -> list[Tensor]:
     """softmax(q @ k.T * scale) @ v for local query rows q [B, Hq, m, D] over whole k [B, Hkv, T, D], v [B, Hkv, T, E].
 
-    causal: the query at position p sees keys (prefix + p - window, prefix + p]; else the mask of the local rows decides.
+    causal: the query at position p sees keys (prefix + p - window, prefix + p]; else the local rows' mask decides.
     """
     results = []
     for rank, (q, k, v, mask) in enumerate(zip(qs, ks, vs, masks, strict=True)):
@@ -197,8 +196,6 @@ def _rankless(name: str) -> Callable[..., Any]:
 
 
 for _name, _schema in SCHEMAS.items():
-    _library.define(_name + _schema)
-    _library.impl(_name, _rankless(_name), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"cppass::{_name}", SHAPES[_name], lib=_library)
+    _library.define(_name, _schema, _rankless(_name), SHAPES[_name], "CompositeExplicitAutograd")
 
 CANONICAL = {getattr(torch.ops.cppass, name).default: name for name in SCHEMAS}

@@ -1,8 +1,8 @@
 """Two-value token propagation, second half: what is demanded, how each value is made, where rows travel.
 
 Demands run from the end of the graph to its start. Outputs, side effects and ops without a way demand Full values; a
-site demands Local queries and gathered keys and values. For every demanded value the plan says how it is made. It changes
-nothing: cppass/rewrite.py follows it.
+site demands Local queries and gathered keys and values. For every demanded value the plan says how it is made. It
+changes nothing: cppass/rewrite.py follows it.
 
 before:  k = rope(view(mm(x, wk)))    cache' = index_copy(cache, 2, positions, k)    attention(q, cache', ...)
 plan:    k  Local by its way, Full by GATHER (with v: one collective)
@@ -167,10 +167,10 @@ class _Planner:
         if node in self.full_wanted or any(self._by_shard(node, state) for state in states):
             self.full[node] = how = self._full(node)
             if how is Full.GATHER:
-                state = self.fresh.get(node) or self.reach.plain_state(node)
-                assert state is not None
-                self.gather_states[node] = state
-                states = list(dict.fromkeys([*states, state]))
+                local = self.fresh.get(node) or self.reach.plain_state(node)
+                assert local is not None
+                self.gather_states[node] = local
+                states = list(dict.fromkeys([*states, local]))
         for state in states:
             self.local.setdefault(node, {})[state] = self._local(node, state)
 
@@ -258,7 +258,7 @@ class _Planner:
         return refuse(
             "CP201",
             node,
-            f"{op_of(node)} mixes the rows of token-dependent values, as attention does, in a form cppass does not know",
+            f"{op_of(node)} mixes rows of token-dependent values, as attention does, in a form cppass does not know",
             "use scaled_dot_product_attention (attn_implementation='sdpa'), or on_refusal='fallback' to run unsharded",
         )
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from typing import Any
-
 
 import torch.distributed as dist
 
 from cppass.config import NON_GROUP_MEMBER, CPConfig
+from cppass.environment import launched_ranks
 from cppass.errors import CPWarning, OptionError
 from cppass.target import Ranks
 from cppass.torch_private import resolve_group
@@ -49,14 +48,15 @@ def ranks_of(config: CPConfig) -> Ranks:
     size = dist.get_world_size(group)
     if config.cp_size not in (None, size):
         raise OptionError(
-            "CP006", f"cp_size={config.cp_size}, but the group has {size} ranks", "leave cp_size out where there is a group"
+            "CP006",
+            f"cp_size={config.cp_size}, but the group has {size} ranks",
+            "leave cp_size out where there is a group",
         )
     return Ranks(rank, size, _name(group))
 
 
 def _alone(config: CPConfig) -> Ranks:
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    wanted = config.cp_size or launched
+    wanted = config.cp_size or launched_ranks()
     if config.group is not None or wanted > 1:
         raise OptionError(
             "CP004",
@@ -78,7 +78,9 @@ def _resolve(group: Any) -> Any:
         try:
             return resolve_group(group)
         except (RuntimeError, ValueError) as error:
-            raise OptionError("CP005", f"no process group is named {group!r}: {error}", "pass the group itself") from error
+            raise OptionError(
+                "CP005", f"no process group is named {group!r}: {error}", "pass the group itself"
+            ) from error
     if hasattr(group, "mesh_dim_names"):
         if group.ndim != 1:
             names = group.mesh_dim_names

@@ -113,7 +113,12 @@ def describe_site(site: AttentionSite) -> SiteReport:
     else:
         mask = "no mask" if site.mask is None and site.scores is None else "its own mask, local rows of it"
     return SiteReport(
-        site.name, site.form, site.rewrite.value, f"KV write {write}" if write else "no cache", mask, source_of(site.node)
+        site.name,
+        site.form,
+        site.rewrite.value,
+        f"KV write {write}" if write else "no cache",
+        mask,
+        source_of(site.node),
     )
 
 
@@ -156,7 +161,7 @@ def mask_notes(sites: tuple[AttentionSite, ...], tokens: Size, cp_size: int) -> 
     return tuple(notes.values())
 
 
-# -- the reports of this process ----------------------------------------------------------------------------------------
+# -- the reports of this process --------------------------------------------------------------------------------------
 
 _KEPT = 1000
 _reports: deque[Report] = deque(maxlen=_KEPT)
@@ -182,5 +187,3 @@ def last_report() -> Report | None:
 def clear_reports() -> None:
     with _lock:
         _reports.clear()
-
-

@@ -20,7 +20,7 @@ from cppass import layout
 from cppass.errors import Unsupported
 from cppass.match.kv import VIEWS
 from cppass.plan import CPPlan, Full, Local
-from cppass.rules import Transfer, is_tensor, iter_nodes, shape_of, tensor_operands
+from cppass.rules import Transfer, is_tensor, iter_nodes, shape_of
 from cppass.site import AttentionSite
 from cppass.tokens import Size, State, Tokens, size_of
 from cppass.torch_private import fake_mode_of
@@ -198,7 +198,7 @@ class _Rewriter:
 
         args, kwargs = fx.map_arg((node.args, node.kwargs), operand)
         if way.size_arg is not None and isinstance(way.out, Tokens):
-            sizes = list(args[way.size_arg])
+            sizes: list[Any] = list(args[way.size_arg])  # type: ignore[arg-type]
             if not (isinstance(sizes[way.out.dim], int) and sizes[way.out.dim] == -1):
                 sizes[way.out.dim] = self._local_extent(way.out)
             args = (*args[: way.size_arg], sizes, *args[way.size_arg + 1 :])
@@ -301,4 +301,3 @@ def _same_layout(old: fx.Node, new: fx.Node) -> bool:
     """Whether a node may keep the metadata it had with this operand: the same value, or no tensor."""
     value = old.meta.get("val")
     return value is new.meta.get("val") or not isinstance(value, torch.Tensor)
-

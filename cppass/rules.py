@@ -1,8 +1,8 @@
 """What an op does to the token axis: the two kinds of rule, and the arithmetic behind them.
 
 A rule answers one question in both directions: *if this operand (or the output) carries tokens in this dimension, what
-do the output (or the operands) carry?* The answer is a `Transfer`; None means the op mixes tokens there, so it has to run
-on Full values. The table of ops is `cppass/op_rules.py`.
+do the output (or the operands) carry?* The answer is a `Transfer`; None means the op mixes tokens there, so it has to
+run on Full values. The table of ops is `cppass/op_rules.py`.
 """
 
 from __future__ import annotations

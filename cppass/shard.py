@@ -1,8 +1,8 @@
 """Two-value token propagation, first half: which nodes can have a Local value, and from which operands.
 
-Backward from the sites, `_seeds` finds where tokens enter (token ids, embeddings, positions; q, k, v in a snippet; hidden
-states after a graph break). Forward from there, `propagate` lists for every node the ways it can run on local rows.
-Nothing is decided here: cppass/plan.py does that, from what is demanded.
+Backward from the sites, `_seeds` finds where tokens enter (token ids, embeddings, positions; q, k, v in a snippet;
+hidden states after a graph break). Forward from there, `propagate` lists for every node the ways it can run on local
+rows. Nothing is decided here: cppass/plan.py does that, from what is demanded.
 """
 
 from __future__ import annotations

@@ -7,12 +7,12 @@ both. What a Local value looks like is a `State`: the axis that carries tokens, 
 from __future__ import annotations
 
 import dataclasses
-from typing import Union
+from typing import TypeAlias
 
 import sympy
 import torch
 
-Size = Union[int, sympy.Expr]
+Size: TypeAlias = int | sympy.Expr
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Counts:
         return f"Local(counts of {self.order})"
 
 
-State = Union[Tokens, Counts]
+State: TypeAlias = Tokens | Counts
 
 
 def size_of(value: int | torch.SymInt) -> Size:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,4 +35,19 @@ def resolve_group(name: str) -> Any:
     Raises:
         RuntimeError, ValueError: there is none.
     """
-    return torch.distributed.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+    return torch.distributed.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined,arg-type]
+
+
+class OpLibrary:
+    """Ops of one namespace, defined with schema, kernel and shape function (torch.library, typed)."""
+
+    def __init__(self, namespace: str) -> None:
+        self.namespace = namespace
+        self._library = torch.library.Library(namespace, "DEF")  # type: ignore[no-untyped-call]
+
+    def define(
+        self, name: str, schema: str, run: Callable[..., Any], shape: Callable[..., Any], dispatch_key: str
+    ) -> None:
+        self._library.define(name + schema)  # type: ignore[no-untyped-call]
+        self._library.impl(name, run, dispatch_key)  # type: ignore[no-untyped-call]
+        torch.library.register_fake(f"{self.namespace}::{name}", shape, lib=self._library)

@@ -1,12 +1,11 @@
 """Is the rewritten graph a legal one? Checked from the graph itself, not from the plan that made it.
 
-Every value of the rewritten graph is typed again, Full or Local, from the canonical ops alone: `shard` makes Local values,
-`gather` and `gather_rows` make Full ones, `attention` takes Local queries and Full keys. In between the rules must allow
-every op exactly the states its operands have. A Local value where a Full one is meant cannot pass.
+Every value of the rewritten graph is typed again, Full or Local, from the canonical ops alone: `shard` makes Local
+values, `gather` and `gather_rows` make Full ones, `attention` takes Local queries and Full keys. In between the rules
+must allow every op exactly the states its operands have. A Local value where a Full one is meant cannot pass.
 """
 
 from __future__ import annotations
-
 
 import torch
 from torch import fx
@@ -38,7 +37,9 @@ def _coverage(graph: fx.Graph, plan: CPPlan) -> None:
     found = sum(site.rewrite is Rewrite.ZIGZAG for site in plan.sites)
     rewritten = sum(node.target is canonical.attention.default for node in graph.nodes)
     if found != rewritten:
-        raise VerifyError("CP402", f"{found} attention sites were found and {rewritten} rewritten", "please report this")
+        raise VerifyError(
+            "CP402", f"{found} attention sites were found and {rewritten} rewritten", "please report this"
+        )
 
 
 def _all_full(node: fx.Node, states: dict[fx.Node, State]) -> None:
@@ -141,5 +142,3 @@ def _size(value: object) -> Size:
         value = value.meta["val"]
     assert isinstance(value, (int, torch.SymInt))
     return size_of(value)
-
-

@@ -17,7 +17,7 @@ TIMEOUT = 240  # seconds for everything a set of ranks does
 
 
 def on_ranks(cp_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """Run function(rank, *args) on cp_size ranks; the results, by rank. A failing rank fails the test with its traceback."""
+    """Run function(rank, *args) on cp_size ranks; results by rank. A failing rank fails the test with its traceback."""
     with tempfile.TemporaryDirectory() as folder:
         context = mp.get_context("spawn")
         ranks = [

@@ -119,4 +119,3 @@ def run_case(case: Case) -> Outcome:
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     assert a.shape == b.shape and a.dtype == b.dtype, (a.shape, b.shape)
     return float((a - b).abs().max())
-

@@ -1,4 +1,4 @@
-"""What users do with a compiled model, run on real ranks; each function returns what tests/ranks/test_scenarios.py checks."""
+"""What users do with a compiled model, on real ranks; each function returns what ranks/test_scenarios.py checks."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ def run_scenarios(rank: int, names: list[str]) -> dict[str, Any]:
     return results
 
 
-def compiled(family: str = "dense", attention: str = "sdpa", dynamic: bool | None = None, **options: Any) -> tuple[Any, Any]:
+def compiled(
+    family: str = "dense", attention: str = "sdpa", dynamic: bool | None = None, **options: Any
+) -> tuple[Any, Any]:
     model = qwen.model(family, attention)
     return model, torch.compile(model, backend="npu_cp", dynamic=dynamic, options=options)
 
@@ -157,7 +159,9 @@ def generate_with_a_static_cache_and_compile_config() -> dict[str, Any]:
     ids = qwen.token_ids(1, 21)
     settings = GenerationConfig(max_new_tokens=4, do_sample=False, pad_token_id=0, cache_implementation="static")
     settings.compile_config = CompileConfig(backend="npu_cp", fullgraph=False, dynamic=True)
-    expected = model.generate(ids, generation_config=GenerationConfig(max_new_tokens=4, do_sample=False, pad_token_id=0))
+    expected = model.generate(
+        ids, generation_config=GenerationConfig(max_new_tokens=4, do_sample=False, pad_token_id=0)
+    )
     model.compile(backend="npu_cp", dynamic=True)
     try:
         got = model.generate(ids, generation_config=settings)

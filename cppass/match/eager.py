@@ -12,6 +12,7 @@ query row sees its whole key range, so local rows of it are all that is needed.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import fx
@@ -26,7 +27,11 @@ from cppass.tokens import product
 
 aten = torch.ops.aten
 
-PRODUCTS = {aten.bmm.default: 0, aten.baddbmm.default: 1, aten.mm.default: 0}  # op -> position of its left operand
+PRODUCTS: dict[Any, int] = {
+    aten.bmm.default: 0,
+    aten.baddbmm.default: 1,
+    aten.mm.default: 0,
+}  # op -> position of its left operand
 SOFTMAX = {aten._softmax.default, aten._safe_softmax.default}
 CONVERSIONS = {aten._to_copy.default, torch.ops.prims.convert_element_type.default}
 

@@ -1,7 +1,7 @@
 """From what attention reads back to the rows of this step: KV-head repeats, and the forms a cache write has.
 
-    key = view(clone(expand(unsqueeze(written, 2))))      repeat_kv, peeled
-    written = index_copy(cache, 2, positions, fresh)      the write; `fresh` is gathered, the write stays as it is
+key = view(clone(expand(unsqueeze(written, 2))))      repeat_kv, peeled
+written = index_copy(cache, 2, positions, fresh)      the write; `fresh` is gathered, the write stays as it is
 """
 
 from __future__ import annotations

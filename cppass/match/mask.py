@@ -165,7 +165,7 @@ def _arange(reader: _Reader, node: fx.Node, index: Index) -> Any:
 
 
 def _unsqueeze(reader: _Reader, node: fx.Node, index: Index) -> Any:
-    dim = int(node.args[1]) % len(index)  # type: ignore[arg-type,call-overload]
+    dim = argument(node, 1, "dim") % len(index)
     return reader.element(node.args[0], index[:dim] + index[dim + 1 :])
 
 
@@ -186,7 +186,7 @@ def _select(reader: _Reader, node: fx.Node, index: Index) -> Any:
 
 def _transpose(reader: _Reader, node: fx.Node, index: Index) -> Any:
     swapped = list(index)
-    a, b = (int(d) % len(index) for d in node.args[1:3])  # type: ignore[arg-type,call-overload]
+    a, b = (argument(node, i, f"dim{i - 1}") % len(index) for i in (1, 2))
     swapped[a], swapped[b] = swapped[b], swapped[a]
     return reader.element(node.args[0], tuple(swapped))
 

@@ -28,4 +28,4 @@ def compile_with_inductor(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> 
 
     with torch.no_grad():
         traced = make_fx(run, decomposition_table=select_decomp_table(), _allow_non_fake_inputs=True)(*example_inputs)
-    return compile_fx_inner(traced, list(example_inputs))  # type: ignore[no-any-return]
+    return compile_fx_inner(traced, list(example_inputs))

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from cppass import layout
 from cppass.ops import attention_shape, gather_shape, local_row_index, merge_axis, shard_shape, split_axis
+from cppass.torch_private import OpLibrary
 from lowering.host.attention import zigzag_attention
 
-_library = torch.library.Library("cppass_host", "DEF")
+_library = OpLibrary("cppass_host")
 
 
 def shard(x: Tensor, dim: int, inner: int, tokens: int, cp_size: int, rank: int) -> Tensor:
@@ -123,7 +124,7 @@ def attention(
     scale: float | None,
     rank: int,
 ) -> Tensor:
-    """One rank's zigzag halves [B, Hq, m, D]; a prefix length in a tensor is read here (host memory, no device sync)."""
+    """One rank's zigzag halves [B, Hq, m, D]; a prefix in a tensor is read here (host memory, no device sync)."""
     if prefix_tensor is not None:
         prefix += int(prefix_tensor)
     return zigzag_attention(
@@ -163,6 +164,4 @@ OPS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
 }
 
 for _name, (_schema, _run, _shape) in OPS.items():
-    _library.define(_name + _schema)
-    _library.impl(_name, _run, "CPU")
-    torch.library.register_fake(f"cppass_host::{_name}", _shape, lib=_library)
+    _library.define(_name, _schema, _run, _shape, "CPU")

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import fx
 
+import lowering.host.ops  # noqa: F401  (defines torch.ops.cppass_host)
 from cppass.ops import CANONICAL
 from cppass.target import Ranks
 from cppass.torch_private import fake_mode_of
-import lowering.host.ops  # noqa: F401  (defines torch.ops.cppass_host)
 from lowering.host.inductor import compile_with_inductor
 
 canonical = torch.ops.cppass

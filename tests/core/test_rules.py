@@ -165,13 +165,11 @@ def test_backward_means_what_it_says(sample: Sample) -> None:
             assert holds(call, transfer.operands, out, transfer.size_arg), f"{transfer}"  # type: ignore[arg-type]
 
 
-@every_sample
+@pytest.mark.parametrize("sample", [s for s in SAMPLES if s.op not in ONE_WAY], ids=lambda s: s.name)
 def test_backward_knows_what_forward_knows(sample: Sample) -> None:
     call = traced(sample)
     rule = rule_of(call.node)
     assert rule is not None
-    if sample.op in ONE_WAY:
-        return
     for slot, x in enumerate(call.operands):
         for state in states(x.shape):
             there = forward(call, slot, state)
@@ -236,6 +234,22 @@ def test_ops_that_mix_tokens_are_refused(op: Any, slot: int, dim: int) -> None:
         if state.dim == dim and forward(call, slot, state) is None
     ]
     assert refused
+
+
+@pytest.mark.parametrize(
+    ("op", "known"),
+    [
+        (aten.gelu.default, True),  # tagged pointwise
+        (aten.maximum.default, True),
+        (aten.max.default, False),  # the greatest of all elements
+        (aten.rrelu.default, False),  # tagged pointwise, but random
+        (aten.rand_like.default, False),
+        (aten.roll.default, False),
+    ],
+)
+def test_torch_tags_say_what_is_pointwise(op: Any, known: bool) -> None:
+    node = fx.Graph().call_function(op, ())
+    assert (rule_of(node) is not None) == known
 
 
 def test_the_check_notices_a_wrong_transfer() -> None:
