@@ -1,6 +1,9 @@
-"""Bring a graph into the form the pass reads: nested modules inlined, shape-only operands dropped."""
+"""Bring a graph into the form the pass reads: modules inlined, shape-only operands dropped, duplicates merged."""
 
 from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
 
 import torch
 from torch import fx
@@ -19,6 +22,7 @@ def prepare(gm: fx.GraphModule) -> None:
     """In place; the graph computes what it computed before."""
     inline_modules(gm)
     drop_shape_only_operands(gm.graph)
+    merge_duplicates(gm.graph)
     gm.recompile()
 
 
@@ -97,3 +101,44 @@ def drop_shape_only_operands(graph: fx.Graph) -> None:
         made.meta.update(node.meta)
         node.replace_all_uses_with(made)
         graph.erase_node(node)
+
+
+def merge_duplicates(graph: fx.Graph) -> None:
+    """Equal ops on equal operands become one node: masks, positions and their shards are made once, not per layer.
+
+    before:  m1 = where(seen, 0, -inf); m2 = where(seen, 0, -inf)            after:  m1 in both places
+
+    Random ops, and values that leave the graph or are written to, stay apart.
+    """
+    first: dict[Hashable, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op != "call_function" or not _mergeable(node):
+            continue
+        key = (node.target, _frozen(node.args), _frozen(node.kwargs))
+        kept = first.setdefault(key, node)
+        if kept is not node:
+            node.replace_all_uses_with(kept)
+            graph.erase_node(node)
+
+
+def _mergeable(node: fx.Node) -> bool:
+    schema, tags = getattr(node.target, "_schema", None), getattr(node.target, "tags", ())
+    if schema is None or schema.is_mutable or torch.Tag.nondeterministic_seeded in tags:
+        return False
+    return not any(user.op == "output" or _writes(user) for user in node.users)
+
+
+def _writes(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def _frozen(value: Any) -> Hashable:
+    """Arguments as a key; 1, 1.0 and True stay different."""
+    if isinstance(value, (list, tuple)):
+        return tuple(_frozen(v) for v in value)
+    if isinstance(value, dict):
+        return tuple((name, _frozen(v)) for name, v in value.items())
+    if isinstance(value, slice):
+        return ("slice", _frozen(value.start), _frozen(value.stop), _frozen(value.step))
+    return (type(value), value)

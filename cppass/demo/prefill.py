@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import sympy
 import torch
 
 from cppass.demo import memory
@@ -18,6 +19,8 @@ from cppass.errors import CPError
 
 if TYPE_CHECKING:
     from transformers import Cache
+
+    from cppass.report import Report
 
 Say = Callable[[str], None]
 Barrier = Callable[[], None]
@@ -48,7 +51,7 @@ def run_process(job: Job, phase: Phase, folder: Path, say: Say, barrier: Barrier
     say("compiling, first prefill" if phase.compiled else "first prefill, untimed")
     barrier()
     first, _, _ = timed_prefill(forward, ids, fresh_cache(job, model))
-    rewriting = reported() if phase.compiled else None
+    rewriting = reported(job.tokens) if phase.compiled else None
 
     was_reset = memory.reset_peak()
     seconds = []
@@ -117,7 +120,7 @@ def last_logits(forward: Forward, ids: torch.Tensor, cache: Cache | None) -> tor
     return logits
 
 
-def reported() -> Rewriting:
+def reported(tokens: int) -> Rewriting:
     """What cppass says about the graphs of the first prefill, summed where graph breaks left several."""
     import cppass
 
@@ -129,15 +132,18 @@ def reported() -> Rewriting:
         status=chosen[0].status,
         sites=sum(len(r.sites) for r in chosen),
         collectives=sum(r.collectives for r in chosen),
-        received_bytes=total(r.received_bytes for r in chosen),
+        received_bytes=received_bytes(chosen, tokens),
         text="\n".join(str(r) for r in chosen),
     )
 
 
-def total(values: Iterable[int | None]) -> int | None:
-    """The sum, or None where one is not known."""
-    known = list(values)
-    return None if None in known else sum(v for v in known if v is not None)
+def received_bytes(reports: Sequence[Report], tokens: int) -> int | None:
+    """Per forward and rank. Dynamic shapes leave a formula: evaluated for `tokens`, None where it holds more than that."""
+    received = sympy.Integer(0)
+    for report in reports:
+        for gather in report.gathers:
+            received += sympy.sympify(gather.formula).subs(sympy.Symbol(str(report.tokens)), tokens)
+    return int(received) if received.is_Integer else None
 
 
 def compare(found: list[torch.Tensor], reference: Path) -> Comparison:

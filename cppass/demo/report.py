@@ -57,7 +57,7 @@ def _model_line(outcome: Outcome) -> str:
     return (
         f"{m.family}{note}: {count(m.layers, 'layer')}, hidden {m.hidden}, {m.heads} heads of {m.head_dim}, "
         f"{m.kv_heads} KV heads{experts}, {m.parameters / 1e6:,.1f} M weights; {job.dtype}, {job.attention}, "
-        f"{job.cache} cache; {count(job.tokens, 'token')}{batch} on {count(job.ranks, 'rank')}"
+        f"{job.cache if job.cache != 'none' else 'no'} cache; {count(job.tokens, 'token')}{batch} on {count(job.ranks, 'rank')}"
     )
 
 
