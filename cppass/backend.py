@@ -15,12 +15,12 @@ from torch import fx
 
 from cppass import torch_private
 from cppass.config import CPConfig
-from cppass.errors import CPError, CPWarning, InternalError, OptionError, RefusedError
+from cppass.errors import CPError, CPWarning, InternalError, OptionError, RefusedError, Unsupported
 from cppass.guard import agree_on_inputs
 from cppass.pipeline import rewrite_graph
 from cppass.ranks import ranks_of
 from cppass.report import REFUSED, REWRITTEN, Report, record
-from cppass.target import Ranks, load
+from cppass.target import Ranks, Target, load
 
 Compiled = Callable[..., Any]
 
@@ -77,13 +77,26 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: CPC
     record(report)
     if report.status == REFUSED:
         _refused(report, config)
-    target = load("host")
+    target = _target(gm)
     if report.status == REWRITTEN:
         target.lower(gm, ranks)
     run = target.compile(gm, example_inputs, config.inner)
     if report.status == REWRITTEN and config.check_inputs:
         return agree_on_inputs(run, ranks)
     return run
+
+
+def _target(gm: fx.GraphModule) -> Target:
+    """The host target, for graphs whose tensors are in host memory."""
+    for node in gm.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and value.device.type != "cpu":
+            raise Unsupported(
+                "CP503",
+                f"the graph has tensors on {value.device} (node {node.name}); this version lowers to the host",
+                "move the model and its inputs to the CPU",
+            )
+    return load("host")
 
 
 def _refused(report: Report, config: CPConfig) -> None:

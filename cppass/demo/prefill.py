@@ -138,7 +138,7 @@ def reported(tokens: int) -> Rewriting:
 
 
 def received_bytes(reports: Sequence[Report], tokens: int) -> int | None:
-    """Per forward and rank. Dynamic shapes leave a formula: evaluated for `tokens`, None where it holds more than that."""
+    """Per forward and rank. Dynamic shapes leave a formula of the token count; None where it holds other symbols."""
     received = sympy.Integer(0)
     for report in reports:
         for gather in report.gathers:

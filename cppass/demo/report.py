@@ -53,11 +53,12 @@ def _model_line(outcome: Outcome) -> str:
     m, job = outcome.one_rank.model, outcome.job
     experts = f", {m.experts} experts" if m.experts else ""
     note = f" ({m.note})" if m.note else ""
+    cache = "no" if job.cache == "none" else job.cache
     batch = f" x batch {job.batch}" if job.batch > 1 else ""
     return (
         f"{m.family}{note}: {count(m.layers, 'layer')}, hidden {m.hidden}, {m.heads} heads of {m.head_dim}, "
         f"{m.kv_heads} KV heads{experts}, {m.parameters / 1e6:,.1f} M weights; {job.dtype}, {job.attention}, "
-        f"{job.cache if job.cache != 'none' else 'no'} cache; {count(job.tokens, 'token')}{batch} on {count(job.ranks, 'rank')}"
+        f"{cache} cache; {count(job.tokens, 'token')}{batch} on {count(job.ranks, 'rank')}"
     )
 
 

@@ -20,6 +20,7 @@ from cppass.ops import CANONICAL
 from cppass.target import Ranks
 from cppass.torch_private import fake_mode_of
 from lowering.host.inductor import compile_with_inductor
+from lowering.host.inplace import recover_writes
 
 canonical = torch.ops.cppass
 host = torch.ops.cppass_host
@@ -46,6 +47,7 @@ class HostTarget:
     def compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any], inner: str) -> Callable[..., Any]:
         if inner == "inductor":
             return compile_with_inductor(gm, example_inputs)
+        recover_writes(gm)
         return gm.forward
 
 

@@ -1,7 +1,7 @@
 """Sample calls of every op in cppass.op_rules.RULES, small enough to read, with TOKENS rows somewhere in them.
 
-Traps are on purpose: sizes equal to TOKENS that are no tokens (contracted, reduced or looked-up axes, batches, head sizes),
-and products with TOKENS (outer and inner factors). Values are random, so that equal results mean equal rows.
+Traps are on purpose: sizes equal to TOKENS that are no tokens (contracted, reduced or looked-up axes, batches, head
+sizes), and products with TOKENS (outer and inner factors). Values are random: equal results mean equal rows.
 """
 
 from __future__ import annotations

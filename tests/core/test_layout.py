@@ -153,9 +153,7 @@ def host_gather(xs: list[list[Tensor]], dims: list[int], inners: list[int], toke
     return host.unpack(gathered, xs[0], dims, inners, tokens, cp_size)
 
 
-layouts = given(
-    tokens=TOKENS, cp_size=RANKS, outer=st.integers(1, 3), inner=st.integers(1, 3), dim=st.integers(0, 2)
-)
+layouts = given(tokens=TOKENS, cp_size=RANKS, outer=st.integers(1, 3), inner=st.integers(1, 3), dim=st.integers(0, 2))
 
 
 @fixed
@@ -173,15 +171,15 @@ def test_gather_restores_what_shard_cut(tokens: int, cp_size: int, outer: int, i
 
 @fixed
 @layouts
-def test_host_shard_and_gather_are_the_meanings(
-    tokens: int, cp_size: int, outer: int, inner: int, dim: int
-) -> None:
+def test_host_shard_and_gather_are_the_meanings(tokens: int, cp_size: int, outer: int, inner: int, dim: int) -> None:
     x, flat = numbered(outer, tokens, inner, dim), torch.arange(tokens)
     meant = MEANINGS["shard"]([x] * cp_size, dim, inner, tokens, cp_size)
     local = [host.shard(x, dim, inner, tokens, cp_size, rank) for rank in range(cp_size)]
     assert all(torch.equal(a, b) for a, b in zip(local, meant, strict=True))
     flats = [host.shard(flat, 0, 1, tokens, cp_size, rank).double() for rank in range(cp_size)]
-    restored = host_gather([list(pair) for pair in zip(local, flats, strict=True)], [dim, 0], [inner, 1], tokens, cp_size)
+    restored = host_gather(
+        [list(pair) for pair in zip(local, flats, strict=True)], [dim, 0], [inner, 1], tokens, cp_size
+    )
     assert torch.equal(restored[0], x)
     assert torch.equal(restored[1], flat.double())
 

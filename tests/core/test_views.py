@@ -171,7 +171,16 @@ def test_what_the_values_mean_goes_along() -> None:
 
 @pytest.mark.parametrize(
     ("a", "b", "quotient"),
-    [(6, 3, 2), (6, 4, None), (0, 3, 0), (6, 0, None), (6 * s, 3 * s, 2), (s, 2, None), (s * b, b, s), (s, s * b, None)],
+    [
+        (6, 3, 2),
+        (6, 4, None),
+        (0, 3, 0),
+        (6, 0, None),
+        (6 * s, 3 * s, 2),
+        (s, 2, None),
+        (s * b, b, s),
+        (s, s * b, None),
+    ],
 )
 def test_divide_is_exact_or_none(a: object, b: object, quotient: object) -> None:
     assert divide(a, b) == quotient  # type: ignore[arg-type]

@@ -1,0 +1,192 @@
+"""Every rank computes what one device computes: outputs to rounding, written caches to the bit, all ranks alike.
+
+Run in one process by cppass.simulate: the lowered graphs, and the canonical graph by its ops' meanings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from core.snippets import SNIPPETS, B, D, F, G, H, Snippet, causal, qkv, rand
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+import cppass
+
+TOKENS = (1, 2, 5, 13, 16, 37, 64)
+Ranks = list[tuple[list[Tensor], list[Tensor]]]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    """Thousands of tiny calls: a second thread costs more than it brings."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def as_list(value: Any) -> list[Tensor]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def alone(run: Callable[..., Any], inputs: tuple[Any, ...]) -> tuple[list[Tensor], list[Tensor]]:
+    """(outputs, inputs after the run) of one device."""
+    own = [x.clone() for x in inputs]
+    return as_list(run(*own)), own
+
+
+def simulated(run: Callable[..., Any], inputs: tuple[Any, ...], cp_size: int, **options: Any) -> Ranks:
+    return [(as_list(out), after) for out, after in cppass.simulate(run, inputs, cp_size, **options)]
+
+
+def check(snippet: Snippet, tokens: int, cp_size: int, lower: bool) -> None:
+    inputs = snippet.inputs(tokens)
+    outputs, written = alone(snippet.run, inputs)
+    ranks = simulated(snippet.run, inputs, cp_size, lower=lower)
+    for seen, after in ranks:
+        torch.testing.assert_close(seen, outputs, rtol=snippet.tolerance, atol=snippet.tolerance)
+        assert all(torch.equal(x, y) for x, y in zip(after, written, strict=True))
+        assert all(torch.equal(x, y) for x, y in zip(seen, ranks[0][0], strict=True))  # every rank, every bit
+    touched = tuple(i for i, (x, y) in enumerate(zip(inputs, written, strict=True)) if not torch.equal(x, y))
+    assert touched == snippet.written
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("cp_size", [2, 3, 4])
+@pytest.mark.parametrize("name", ["causal", "cache", "cache, in place", "a layer"])
+def test_lowered(name: str, cp_size: int, tokens: int) -> None:
+    check(SNIPPETS[name], tokens, cp_size, lower=True)
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("cp_size", [2, 3, 4])
+@pytest.mark.parametrize("name", ["causal", "cache", "cache, in place", "a layer"])
+def test_meanings(name: str, cp_size: int, tokens: int) -> None:
+    check(SNIPPETS[name], tokens, cp_size, lower=False)
+
+
+@pytest.mark.parametrize("tokens", [5, 13, 16, 37])
+@pytest.mark.parametrize("lower", [True, False], ids=["lowered", "meanings"])
+@pytest.mark.parametrize("name", ["growing cache, window, grouped heads", "padding mask", "written out", "experts"])
+def test_other_forms(name: str, lower: bool, tokens: int) -> None:
+    check(SNIPPETS[name], tokens, 2 if tokens < 16 else 3, lower)
+
+
+def test_returned_caches_have_the_bits_of_one_device() -> None:
+    """Rows of K and V move, they are not computed again: equal to the bit, however they are returned."""
+    snippet = SNIPPETS["cache"]
+    inputs = snippet.inputs(13)
+    (_, keys, values), _ = alone(snippet.run, inputs)
+    for (_, seen_keys, seen_values), _ in simulated(snippet.run, inputs, 3):
+        assert torch.equal(seen_keys, keys)
+        assert torch.equal(seen_values, values)
+
+
+def test_a_wrong_mask_is_noticed() -> None:
+    """Control: one key more per row moves the result by far more than the tolerance."""
+    (plain,), _ = alone(causal, qkv(16))
+    one_more = torch.ones(16, 16, dtype=torch.bool).tril(1)
+    other = scaled_dot_product_attention(*qkv(16), attn_mask=one_more)
+    assert (plain - other).abs().max() > 1e-2
+
+
+def test_rows_in_the_wrong_order_are_noticed() -> None:
+    """Control: gathered rows that are not put back in order."""
+    (plain,), _ = alone(causal, qkv(16))
+    unordered = plain[:, :, [0, 1, 2, 3, 12, 13, 14, 15, 4, 5, 6, 7, 8, 9, 10, 11]]
+    assert (plain - unordered).abs().max() > 1e-1
+
+
+# -- shapes and strides ------------------------------------------------------------------------------------------------
+
+
+def batched(heads: int = H, tokens: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+    return rand(2, heads, tokens, D), rand(2, heads, tokens, D) + 1, rand(2, heads, tokens, D) - 1
+
+
+def merged(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """[B, H, S, D] -> [B, S, F]."""
+    return causal(q, k, v).transpose(1, 2).reshape(q.shape[0], q.shape[2], -1)
+
+
+STRIDES: dict[str, Callable[..., Any]] = {
+    "flattened": lambda q, k, v: merged(q, k, v).view(-1),
+    "batch merged with tokens": lambda q, k, v: merged(q, k, v).view(16, F),
+    "half of the tokens, viewed": lambda q, k, v: merged(q, k, v)[:, :4].reshape(2, -1),
+    "split along the tokens, viewed": lambda q, k, v: torch.cat(
+        [half.view(2, -1) for half in torch.split(merged(q, k, v), 4, 1)], 1
+    ),
+    "unbound along the batch, viewed": lambda q, k, v: torch.stack([x.view(-1) for x in merged(q, k, v).unbind(0)]),
+    "mixed over tokens, viewed": lambda q, k, v: merged(q, k, v).cumsum(1).view(2, -1),
+    "as columns": lambda q, k, v: merged(q, k, v).permute(2, 0, 1).contiguous().view(F, -1),
+    "an input is an output": lambda q, k, v: (causal(q, k, v), q, k.transpose(2, 3)),
+    "no output of attention": lambda q, k, v: (causal(q, k, v).sum() * 0 + q).contiguous(),
+}
+
+
+@pytest.mark.parametrize("run", STRIDES.values(), ids=STRIDES.keys())
+@pytest.mark.parametrize("lower", [True, False], ids=["lowered", "meanings"])
+def test_strides_after_a_gather(run: Callable[..., Any], lower: bool) -> None:
+    """Gathered values have rows first in memory; views behind them have to work for a batch of two as well."""
+    check(Snippet(run, lambda tokens: batched(tokens=tokens)), 8, 2, lower)
+
+
+@pytest.mark.parametrize("tokens", [8, 13])
+@pytest.mark.parametrize("start", [0, 3, -1, -3])
+def test_a_few_rows(start: int, tokens: int) -> None:
+    """Slices of one to three tokens, wherever they are and whoever owns them."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = causal(q, k, v)
+        return out[:, :, start:] if start < 0 else out[:, :, start : start + 2]
+
+    check(Snippet(run, qkv), tokens, 2, True)
+
+
+def test_dead_attention_is_no_error() -> None:
+    """Its result is not used: like any dead code, it may go."""
+    check(Snippet(lambda q, k, v: (causal(q, k, v), q * 2)[1], qkv), 8, 2, True)
+
+
+# -- masks whose description the attention kernel has to accept ----------------------------------------------------------
+
+
+def behind(offset: int, keys: int = 0) -> Callable[..., Tensor]:
+    """Rows that see the keys up to row + offset."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = torch.arange(k.shape[2]) <= (torch.arange(q.shape[2]) + offset)[:, None]
+        return torch.nan_to_num(scaled_dot_product_attention(q, k, v, attn_mask=mask))
+
+    return run
+
+
+@pytest.mark.parametrize("lower", [True, False], ids=["lowered", "meanings"])
+@pytest.mark.parametrize("offset", [-1, 0, 1, 4])
+def test_causal_masks_off_the_diagonal(offset: int, lower: bool) -> None:
+    """k <= q + offset without a cache: row 0 sees nothing (-1), or the last rows see every key (1, 4)."""
+    check(Snippet(behind(offset), qkv), 8, 2, lower)
+
+
+@pytest.mark.parametrize("lower", [True, False], ids=["lowered", "meanings"])
+@pytest.mark.parametrize("keys", [5, 12])
+def test_is_causal_over_other_keys(keys: int, lower: bool) -> None:
+    """is_causal=True counts from the first key, with fewer or more keys than queries."""
+
+    def inputs(tokens: int) -> tuple[Tensor, ...]:
+        return rand(B, H, tokens, D), rand(B, H, keys, D), rand(B, H, keys, D)
+
+    check(Snippet(causal, inputs), 8, 2, lower)
+
+
+def test_grouped_heads_travel_once() -> None:
+    """G heads are gathered, not the H heads that they are repeated to."""
+    from core.snippets import traced
+
+    snippet = SNIPPETS["growing cache, window, grouped heads"]
+    report = cppass.run_pass(traced(snippet, 8), snippet.inputs(8), cp_size=2)
+    assert report.gathers[0].received_bytes == 2 * G * 8 * D * 4 // 2
