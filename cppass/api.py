@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from cppass.capture import capture
+from cppass.capture import capture, install
 from cppass.config import CPConfig
 from cppass.errors import CPError, OptionError, RefusedError
 from cppass.pipeline import rewrite_graph
@@ -48,12 +48,14 @@ def run_pass(
         raise OptionError(
             "CP009", f"run_pass takes an fx.GraphModule, not {type(gm).__name__}", "trace it with make_fx"
         )
-    capture(gm, example_inputs)
-    report = rewrite_graph(gm, config, ranks.cp_size)
+    captured = capture(gm, example_inputs)
+    report = rewrite_graph(captured, config, ranks.cp_size)
     if report.status == REFUSED and config.on_refusal == "raise":
         raise RefusedError(report.refusals)
     if report.status == REWRITTEN and lower:
-        load("host").lower(gm, ranks)
+        load("host").lower(captured, ranks)
+    if report.status == REWRITTEN and captured is not gm:
+        install(captured, gm)
     return report
 
 

@@ -19,8 +19,8 @@ from cppass.explain_node import op_of
 COPY = torch.ops.aten.copy_.default
 
 
-def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
-    """Make `gm` functional and fill in its metadata, in place; nothing is done where it already is and has.
+def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
+    """A functional module with metadata that computes what `gm` does: `gm` itself where it already is one.
 
     Raises:
         OptionError: CP009, a Torch-level trace (modules, methods, torch functions instead of aten ops), or CP010,
@@ -30,7 +30,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     described = all("val" in n.meta for n in gm.graph.nodes if n.op not in ("get_attr", "output"))
     if _functional(gm.graph) and described:
-        return
+        return gm
     if len(example_inputs) != len(placeholders):
         names = ", ".join(str(n.target) for n in placeholders)
         raise OptionError(
@@ -43,10 +43,26 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
     for node in traced.graph.nodes:
         if node.op == "placeholder":
             node.target = next(targets)
-        elif node.op == "get_attr":
-            _take_attribute(gm, traced, str(node.target))
-    gm.graph = traced.graph
+    traced.recompile()
+    return traced
+
+
+def install(source: fx.GraphModule, gm: fx.GraphModule) -> None:
+    """Give `gm` the graph of `source`, and under new names the attributes that it reads."""
+    for node in source.graph.nodes:
+        if node.op == "get_attr":
+            value = getattr(source, str(node.target))
+            node.target = _new_name(gm, str(node.target))
+            setattr(gm, node.target, torch.nn.Buffer(value) if type(value) is torch.Tensor else value)
+    gm.graph = source.graph
     gm.recompile()
+
+
+def _new_name(gm: fx.GraphModule, name: str) -> str:
+    number = 0
+    while hasattr(gm, f"captured_{name}_{number}"):
+        number += 1
+    return f"captured_{name}_{number}"
 
 
 def _trace(gm: fx.GraphModule, inputs: list[Any]) -> fx.GraphModule:
@@ -96,11 +112,3 @@ def _is_aten(target: Any) -> bool:
         torch.sym_int,
         torch.sym_not,
     )
-
-
-def _take_attribute(gm: fx.GraphModule, traced: fx.GraphModule, target: str) -> None:
-    value = getattr(traced, target)
-    if isinstance(value, torch.Tensor):
-        gm.register_buffer(target, value)
-    else:
-        setattr(gm, target, value)

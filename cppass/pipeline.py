@@ -13,7 +13,7 @@ from cppass.match import find_sites
 from cppass.plan import make_plan
 from cppass.prepare import prepare
 from cppass.report import LEFT_ALONE, REFUSED, REWRITTEN, Report, describe_gathers, describe_site, mask_notes
-from cppass.rewrite import apply
+from cppass.rewrite import rewrite
 from cppass.rules import shape_of
 from cppass.shard import propagate
 from cppass.site import AttentionSite
@@ -25,8 +25,8 @@ def rewrite_graph(gm: fx.GraphModule, config: CPConfig, cp_size: int) -> Report:
 
     Only a report with status "rewritten" means that `gm` has changed.
     """
-    prepare(gm)
-    found = find_sites(gm.graph)
+    graph = prepare(gm)
+    found = find_sites(graph)
     base = Report(LEFT_ALONE, cp_size=cp_size, sites=tuple(describe_site(s) for s in found.sites))
     if cp_size == 1:
         return dataclasses.replace(base, reason="one rank: there is nothing to share")
@@ -41,15 +41,17 @@ def rewrite_graph(gm: fx.GraphModule, config: CPConfig, cp_size: int) -> Report:
     if refusals:
         return dataclasses.replace(base, status=REFUSED, reason=refusals[0].why, refusals=refusals)
 
-    reach = propagate(gm.graph, found.sites)
-    plan = make_plan(gm.graph, found.sites, reach, cp_size, config.strict)
+    reach = propagate(graph, found.sites)
+    plan = make_plan(graph, found.sites, reach, cp_size, config.strict)
     if plan.refusals:
         return dataclasses.replace(base, status=REFUSED, reason=plan.refusals[0].why, refusals=plan.refusals)
     notes = mask_notes(plan.sites, plan.tokens, cp_size)
     notes += tuple(f"gathered {g.node.name}: {g.why}" for g in plan.gathered if not g.expected)
     report = dataclasses.replace(base, status=REWRITTEN, gathers=describe_gathers(plan), notes=notes)
-    apply(gm, plan)
-    verify(gm, plan)
+    rewritten = rewrite(graph, plan)
+    verify(rewritten, plan)
+    gm.graph = rewritten
+    gm.recompile()
     return report
 
 

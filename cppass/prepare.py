@@ -18,25 +18,28 @@ NEW_FACTORIES = {
 }
 
 
-def prepare(gm: fx.GraphModule) -> None:
-    """In place; the graph computes what it computed before."""
-    inline_modules(gm)
-    drop_shape_only_operands(gm.graph)
-    merge_duplicates(gm.graph)
-    gm.recompile()
+def prepare(gm: fx.GraphModule) -> fx.Graph:
+    """A copy of the module's graph that computes the same; the module itself keeps its graph."""
+    graph = fx.Graph(gm)
+    graph.output(graph.graph_copy(gm.graph, {}))
+    inline_modules(gm, graph)
+    drop_shape_only_operands(graph)
+    merge_duplicates(graph)
+    graph.eliminate_dead_code()
+    graph.lint()
+    return graph
 
 
-def inline_modules(gm: fx.GraphModule) -> None:
+def inline_modules(gm: fx.GraphModule, graph: fx.Graph) -> None:
     """Inline nested GraphModules, so that attention inside them is found and counted.
 
     before:  y = call_module[layer](x)            after:  the nodes of `layer`, in place
     """
-    while nested := [n for n in gm.graph.nodes if _inner(gm, n) is not None]:
+    while nested := [n for n in graph.nodes if _inner(gm, n) is not None]:
         for node in nested:
             inner = _inner(gm, node)
             assert inner is not None
-            _inline(gm, node, inner)
-    gm.graph.lint()
+            _inline(gm, graph, node, inner)
 
 
 def _inner(gm: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:
@@ -51,19 +54,19 @@ def _inner(gm: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:
     return None
 
 
-def _inline(gm: fx.GraphModule, node: fx.Node, inner: fx.GraphModule) -> None:
+def _inline(gm: fx.GraphModule, graph: fx.Graph, node: fx.Node, inner: fx.GraphModule) -> None:
     given = list(node.args[2:] if node.op == "call_function" else node.args)
     prefix = node.name
     values: dict[fx.Node, fx.Node] = {}
     inputs = iter(given)
-    with gm.graph.inserting_before(node):
+    with graph.inserting_before(node):
         for old in inner.graph.nodes:
             if old.op == "placeholder":
                 values[old] = next(inputs)  # type: ignore[assignment]
             elif old.op == "output":
                 result = fx.map_arg(old.args[0], lambda n: values[n])
             else:
-                new = gm.graph.node_copy(old, lambda n: values[n])
+                new = graph.node_copy(old, lambda n: values[n])
                 if old.op in ("get_attr", "call_module"):
                     new.target = _adopt(gm, inner, str(old.target), prefix)
                 values[old] = new
@@ -72,8 +75,8 @@ def _inline(gm: fx.GraphModule, node: fx.Node, inner: fx.GraphModule) -> None:
     else:
         for user in list(node.users):
             user.replace_all_uses_with(result[user.args[1]])
-            gm.graph.erase_node(user)
-    gm.graph.erase_node(node)
+            graph.erase_node(user)
+    graph.erase_node(node)
 
 
 def _adopt(gm: fx.GraphModule, inner: fx.GraphModule, target: str, prefix: str) -> str:

@@ -6,7 +6,6 @@ import dataclasses
 import threading
 from collections import deque
 
-import sympy
 from torch import fx
 
 from cppass import layout
@@ -15,7 +14,7 @@ from cppass.explain_node import op_of, source_of
 from cppass.plan import CPPlan, Full
 from cppass.rules import shape_of
 from cppass.site import AttentionSite
-from cppass.tokens import Size, product
+from cppass.tokens import Size, divide, product
 
 REWRITTEN, LEFT_ALONE, REFUSED = "rewritten", "left alone", "refused"
 
@@ -123,23 +122,31 @@ def describe_site(site: AttentionSite) -> SiteReport:
 
 
 def describe_gathers(plan: CPPlan) -> tuple[GatherReport, ...]:
-    found = [_gather(tuple(n for n, _ in group), "K and V of a site", plan) for group in plan.groups]
-    found += [_gather((g.node,), g.why, plan) for g in plan.gathered]
+    """Every collective of the rewritten graph and the bytes a rank receives in it: rows * bytes of a row * (P - 1)."""
+    rows = layout.local_rows(plan.tokens, plan.cp_size)
+    found = []
+    for group in plan.groups:
+        found.append(_gather(plan, tuple(n for n, _ in group), "K and V of a site", rows))
+    for gathered in plan.gathered:
+        found.append(_gather(plan, (gathered.node,), gathered.why, rows))
     for node, how in plan.full.items():
         if how is Full.ROWS:
-            rows = plan.selections[node]
-            found.append(_gather((node,), f"{rows.count} selected rows", plan, whole=_bytes(node) * plan.cp_size))
+            count = plan.selections[node].count
+            row = divide(_bytes(node), count)
+            found.append(_describe(plan, (node,), f"{count} selected rows", count, row))
     return tuple(found)
 
 
-def _gather(nodes: tuple[fx.Node, ...], why: str, plan: CPPlan, whole: Size | None = None) -> GatherReport:
-    size: Size = whole if whole is not None else 0
-    if whole is None:
-        padded = layout.local_rows(plan.tokens, plan.cp_size) * plan.cp_size
-        for node in nodes:
-            size = size + _bytes(node) * padded / sympy.sympify(plan.tokens)
-    received = sympy.simplify(sympy.sympify(size) * (plan.cp_size - 1) / plan.cp_size)
-    known = int(received) if received.is_Integer else None
+def _gather(plan: CPPlan, nodes: tuple[fx.Node, ...], why: str, rows: Size) -> GatherReport:
+    row: Size = 0
+    for node in nodes:
+        row = row + (divide(_bytes(node), plan.tokens) or 0)
+    return _describe(plan, nodes, why, rows, row)
+
+
+def _describe(plan: CPPlan, nodes: tuple[fx.Node, ...], why: str, rows: Size, row: Size | None) -> GatherReport:
+    received = rows * (row or 0) * (plan.cp_size - 1)
+    known = received if isinstance(received, int) else None
     return GatherReport(tuple(n.name for n in nodes), why, known, str(received))
 
 

@@ -1,4 +1,4 @@
-"""Follow a plan: build the rank-free graph with canonical ops, and put it into the module. The only editor in cppass.
+"""Follow a plan: build the rank-free graph with canonical ops. The only editor of graphs in cppass.
 
 before:  out = attention(q, index_copy(cache, 2, pos, k), index_copy(cache_v, 2, pos, v), mask)
 after:   k_full, v_full = cppass.gather([k, v])                       k, v, q computed from sharded token ids
@@ -29,23 +29,22 @@ aten = torch.ops.aten
 KEPT_META = ("nn_module_stack", "stack_trace", "source_fn_stack", "original_aten", "from_node", "seq_nr")
 
 
-def apply(gm: fx.GraphModule, plan: CPPlan) -> None:
-    """Rewrite `gm` in place by `plan`: canonical ops, metadata filled in, dead code gone.
+def rewrite(graph: fx.Graph, plan: CPPlan) -> fx.Graph:
+    """The graph that `plan` asks for: canonical ops, metadata filled in, dead code gone.
 
     Numerics: rows are computed by the same ops as before, over fewer rows, so the last bits of matrix products may
     differ; gathers and shards move bits unchanged.
     """
-    graph = _Rewriter(gm, plan).build()
-    graph.eliminate_dead_code()
-    graph.lint()
-    gm.graph = graph
-    gm.recompile()
+    rewritten = _Rewriter(graph, plan).build()
+    rewritten.eliminate_dead_code()
+    rewritten.lint()
+    return rewritten
 
 
 class _Rewriter:
-    def __init__(self, gm: fx.GraphModule, plan: CPPlan) -> None:
-        self.old, self.plan = gm.graph, plan
-        self.new = fx.Graph(gm)
+    def __init__(self, graph: fx.Graph, plan: CPPlan) -> None:
+        self.old, self.plan = graph, plan
+        self.new = fx.Graph(graph.owning_module)
         self.full_nodes: dict[fx.Node, fx.Node] = {}
         self.local_nodes: dict[tuple[fx.Node, State], fx.Node] = {}
         self.group_of = {node: group for group in plan.groups for node, _ in group}
@@ -53,7 +52,7 @@ class _Rewriter:
         self.gathering: set[fx.Node] = set()  # members of the merged gather that is being built
         self.site_of = {site.node: site for site in plan.sites}
         self.origin: fx.Node | None = None
-        self.fake_mode = fake_mode_of(gm)
+        self.fake_mode = fake_mode_of(graph)
         self.sizes: dict[Size, fx.Node] = {}  # symbolic sizes by value, as new nodes
         self.local_size: dict[Size, Any] = {}
 
@@ -300,4 +299,4 @@ def _value(node: fx.Node) -> Any:
 def _same_layout(old: fx.Node, new: fx.Node) -> bool:
     """Whether a node may keep the metadata it had with this operand: the same value, or no tensor."""
     value = old.meta.get("val")
-    return value is new.meta.get("val") or not isinstance(value, torch.Tensor)
+    return value is new.meta.get("val") or not isinstance(value, (torch.Tensor, tuple, list))

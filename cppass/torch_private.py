@@ -13,9 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 RESTARTS = (RestartAnalysis, SkipFrame)  # Dynamo's own control flow; not failures
 
 
-def fake_mode_of(gm: fx.GraphModule) -> FakeTensorMode | None:
+def fake_mode_of(graph: fx.Graph) -> FakeTensorMode | None:
     """The fake mode of a graph's metadata, None where no node has a fake tensor."""
-    for node in gm.graph.nodes:
+    for node in graph.nodes:
         values = node.meta.get("val")
         for value in values if isinstance(values, (tuple, list)) else (values,):
             if isinstance(value, FakeTensor):

@@ -24,11 +24,11 @@ from cppass.tokens import Size, State, Tokens, divide, size_of
 canonical = torch.ops.cppass
 
 
-def verify(gm: fx.GraphModule, plan: CPPlan) -> None:
+def verify(graph: fx.Graph, plan: CPPlan) -> None:
     """Raises VerifyError where the rewritten graph is not legal, or a site was found and not rewritten."""
-    _coverage(gm.graph, plan)
-    states = _Typing(plan).run(gm.graph)
-    for node in gm.graph.nodes:
+    _coverage(graph, plan)
+    states = _Typing(plan).run(graph)
+    for node in graph.nodes:
         if node.op == "output" or (node.op == "call_function" and not is_tensor(node) and node.target not in CANONICAL):
             _all_full(node, states)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import types
+import unittest.mock
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +16,7 @@ from prefill_case import difference
 from transformers import CompileConfig, GenerationConfig
 
 import cppass
+from cppass import layout
 
 SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {}
 
@@ -221,6 +224,22 @@ def min_tokens_leaves_short_prefills_alone() -> dict[str, Any]:
     model, run = compiled(dynamic=True, min_tokens=32)
     errors = [steps(model, run, "static early", [n])[0] for n in (37, 20)]
     return {"errors": errors, "reports": statuses(), "reasons": [r.reason for r in cppass.reports()]}
+
+
+@scenario
+def broken_layouts_are_noticed() -> dict[str, Any]:
+    """Controls: contiguous sharding, and gathered rows left in rank-major order."""
+    errors = {}
+    for name, function in {
+        "owned_blocks": lambda rank, cp_size: (2 * rank, 2 * rank + 1),
+        "block_owner": lambda block, cp_size: (block // 2, block % 2),
+    }.items():
+        torch._dynamo.reset()
+        model, run = compiled(dynamic=False)
+        broken = types.SimpleNamespace(**{**vars(layout), name: function})
+        with unittest.mock.patch("lowering.host.ops.layout", broken):
+            errors[name] = max(steps(model, run, "static early", [37]))
+    return {"differences": errors}
 
 
 @scenario

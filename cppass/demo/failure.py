@@ -35,6 +35,15 @@ class Failure:
             return cls(type(ours).__name__, ours.message, ours.code, ours.hint, trace)
         return cls(type(error).__name__, str(error), trace=trace)
 
+    @property
+    def remoteness(self) -> int:
+        """How likely it only follows from another rank's failure: a death never; lost connections and CP6xx mostly."""
+        if self.code == "CP651":
+            return 0
+        if self.code:
+            return 3 if self.code.startswith("CP6") else 1
+        return 3 if "onnection" in self.message or "gloo" in self.message else 2
+
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
 
@@ -44,7 +53,7 @@ class Failure:
 
 
 class RankError(CPError):
-    """A process of the run failed; carries the code of its CPError, or CP650 (raised), CP651 (died), CP654 (silent)."""
+    """A process of the run failed. Its code is that of its CPError, or CP650 (raised), CP651 (died), CP654 (silent)."""
 
     def __init__(self, where: str, failure: Failure) -> None:
         self.where, self.failure = where, failure

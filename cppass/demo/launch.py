@@ -130,7 +130,7 @@ def _environment(threads: int) -> dict[str, str]:
 def _worst(
     first: Message, inbox: queue.Queue[Message], processes: list[subprocess.Popen[str]], phase: Phase, folder: Path
 ) -> RankError:
-    """The failure that explains the others: a death, else a CPError, else what came first."""
+    """The failure that explains the others; of several alike, the one heard first."""
     found = [_failure(first, processes, phase, folder)]
     until = time.monotonic() + GRACE
     while (left := until - time.monotonic()) > 0 and (message := _next(inbox, left)) is not None:
@@ -140,10 +140,7 @@ def _worst(
         if len(found) == phase.processes:
             break
 
-    def order(item: tuple[int, Failure]) -> int:
-        return 0 if item[1].code == "CP651" else 1 if item[1].code else 2
-
-    rank, failure = min(found, key=order)
+    rank, failure = min(found, key=lambda item: item[1].remoteness)
     return RankError(_name(phase, rank), failure)
 
 
@@ -179,17 +176,14 @@ def _log(folder: Path, phase: Phase, rank: int) -> Path:
 
 
 def _end(processes: list[subprocess.Popen[str]]) -> None:
-    """Terminate what still runs, with its own children; reap all."""
-    for how, patience in ((signal.SIGTERM, 3.0), (signal.SIGKILL, 30.0)):
-        for process in processes:
-            if process.poll() is None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, how)
-        until = time.monotonic() + patience
-        for process in processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(0.0, until - time.monotonic()))
+    """Kill what still runs, with its own children, and reap it. They hold nothing that wants an orderly end."""
     for process in processes:
+        if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE * 5)
         if process.stdin is not None:
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.close()

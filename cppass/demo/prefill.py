@@ -35,7 +35,7 @@ def run_process(job: Job, phase: Phase, folder: Path, say: Say, barrier: Barrier
 
     Args:
         folder: where one device leaves its logits, tokens and caches, and ranks find them.
-        say: told what starts next, `steps(job)` times.
+        say: told what starts next.
         barrier: passed before each timed prefill; does nothing where there is one process.
 
     Raises:
@@ -84,11 +84,6 @@ def run_process(job: Job, phase: Phase, folder: Path, say: Say, barrier: Barrier
         comparison=errors,
         rewriting=rewriting,
     )
-
-
-def steps(job: Job) -> int:
-    """How often `run_process` calls `say`."""
-    return job.repeat + 3
 
 
 def compiled(job: Job, model: torch.nn.Module) -> Forward:

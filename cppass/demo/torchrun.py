@@ -151,7 +151,7 @@ def _answer(job: Job, world: World, store: Store, folder: Path, say: Callable[[s
 
 
 def _gather(world: World, store: Store) -> tuple[ProcessResult, ...]:
-    """All results in rank order, or RankError: a CPError before anything else."""
+    """All results in rank order, or RankError of the failure that explains the others."""
     results: list[ProcessResult] = []
     failures: list[tuple[int, Failure]] = []
     for rank in range(world.size):
@@ -168,6 +168,6 @@ def _gather(world: World, store: Store) -> tuple[ProcessResult, ...]:
             results.append(ProcessResult.from_json(answer["result"]))
     if failures:
         store.set("shown", "1")
-        rank, failure = min(failures, key=lambda item: not item[1].code)
+        rank, failure = min(failures, key=lambda item: item[1].remoteness)
         raise RankError(f"rank {rank}", failure)
     return tuple(results)

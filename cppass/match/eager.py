@@ -21,7 +21,7 @@ from cppass.errors import Refusal
 from cppass.explain_node import refuse
 from cppass.match.kv import SAME, VIEWS, fresh_rows, peel_repeat, skip_same
 from cppass.match.mask import causal_mask
-from cppass.rules import argument, shape_of, tensor_operands
+from cppass.rules import argument, is_tensor, shape_of, tensor_operands
 from cppass.site import AttentionSite, Fresh, Rewrite
 from cppass.tokens import product
 
@@ -43,8 +43,15 @@ def match_eager(softmax: fx.Node) -> AttentionSite | Refusal | None:
         return None
     scores = _product_above(softmax.args[0])
     out = _product_below(softmax)
-    if scores is None or out is None:
+    if scores is None:
         return None
+    if out is None:
+        return refuse(
+            "CP101",
+            softmax,
+            "a softmax over a product of two token-dependent values, used in a way cppass does not know",
+            "use scaled_dot_product_attention (attn_implementation='sdpa')",
+        )
     return _plain(softmax, scores, out) or _rowwise(softmax, scores, out)
 
 
@@ -86,6 +93,8 @@ def _product_below(softmax: fx.Node) -> fx.Node | None:
 
 ROW_KEEPING = {
     aten.expand.default,
+    aten.permute.default,
+    aten.transpose.int,
     aten.slice.Tensor,
     aten.unsqueeze.default,
     aten.mul.Tensor,
@@ -101,10 +110,22 @@ def _factors(node: fx.Node) -> tuple[fx.Node, fx.Node]:
 
 
 def _is_activation(node: fx.Node) -> bool:
-    """Not a parameter seen through views."""
-    while node.op == "call_function" and len(tensor_operands(node)) == 1:
-        node = tensor_operands(node)[0]
-    return node.op == "call_function" or len(shape_of(node)) > 2
+    """Not a parameter, as it is or normalised: made by a product or look-up, or from integers or more than 2-D data."""
+    stack, seen = [node], set()
+    while stack:
+        current = stack.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if current.op != "call_function":
+            integers = not current.meta["val"].is_floating_point() if is_tensor(current) else False
+            if integers or len(shape_of(current)) > 2:
+                return True
+        elif current.target in PRODUCTS or current.target in (aten.addmm.default, aten.embedding.default):
+            return True
+        else:
+            stack += tensor_operands(current)
+    return False
 
 
 @dataclasses.dataclass(frozen=True)

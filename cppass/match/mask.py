@@ -22,6 +22,7 @@ from cppass.tokens import size_of
 aten = torch.ops.aten
 Index = tuple[sympy.Expr, ...]
 Q, K = sympy.Symbol("query_row", integer=True), sympy.Symbol("key_row", integer=True)
+OPAQUE = "value_"  # names of values that are not known while compiling
 HIDDEN = -1e4  # additive masks hide a key with a value below this
 
 
@@ -45,7 +46,16 @@ def causal_mask(mask: fx.Node) -> Causal | None:
         constant, terms = reader.terms(prefix)
     except (Unknown, StopIteration):
         return None
+    if any(window < 1 for window in windows) or not (terms or _fits(constant, mask)):
+        return None
     return Causal(constant, terms, windows[0] if windows else 0)
+
+
+def _fits(prefix: int, mask: fx.Node) -> bool:
+    """Every row of the mask sees a key, and the last one none behind the end."""
+    rows, keys = shape_of(mask)[-2:]
+    behind = keys - (rows + prefix)
+    return prefix >= 0 and (behind >= 0) is not False and (behind >= 0) != sympy.false
 
 
 def static_int(value: sympy.Expr) -> int:
@@ -126,7 +136,7 @@ class _Reader:
         return sympy.Integer(size) if isinstance(size, int) else self._opaque(node)
 
     def _opaque(self, node: fx.Node) -> sympy.Symbol:
-        symbol = sympy.Symbol(f"value_{node.name}", integer=True)
+        symbol = sympy.Symbol(f"{OPAQUE}{node.name}", integer=True)
         self.opaque[symbol] = node
         return symbol
 
@@ -226,7 +236,18 @@ def _index(reader: _Reader, node: fx.Node, index: Index) -> Any:
         raise Unknown
     if len(indices) != len(shape_of(table)):
         raise Unknown
-    return reader.element(table, tuple(reader.operand(node, i, index) for i in indices))
+    looked_up = tuple(reader.operand(node, i, index) for i in indices)
+    if not all(_counts_from_zero(i) for i in looked_up):
+        raise Unknown  # a negative number counts from the end
+    return reader.element(table, looked_up)
+
+
+def _counts_from_zero(index: Any) -> bool:
+    """A sum of row numbers and positive constants: provably not negative."""
+    if not isinstance(index, sympy.Expr):
+        return False
+    terms = [term.as_coeff_Mul() for term in sympy.Add.make_args(sympy.expand(index))]
+    return all(c >= 0 and (rest == 1 or (rest.is_Symbol and not rest.name.startswith(OPAQUE))) for c, rest in terms)
 
 
 def _constant(position: int) -> Read:

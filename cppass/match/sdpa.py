@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 
+import sympy
 import torch
 from torch import fx
 
@@ -13,6 +14,7 @@ from cppass.match.kv import fresh_rows, peel_repeat
 from cppass.match.mask import causal_mask
 from cppass.rules import argument, shape_of
 from cppass.site import AttentionSite, Causal
+from cppass.tokens import Size
 
 aten = torch.ops.aten
 
@@ -55,6 +57,8 @@ def _site(node: fx.Node, form: str, mask: object, dropout: object, is_causal: ob
     if len(shape_of(query)) != 4:
         seen = list(shape_of(query))
         return refuse("CP103", node, f"attention over a query of shape {seen}; [B, H, S, D] is supported", "")
+    if is_causal and _shorter(shape_of(key)[2], shape_of(query)[2]):
+        return refuse("CP103", node, "is_causal with fewer keys than queries", "pass the mask, or the whole key")
     scale = node.kwargs.get("scale")
     causal = Causal() if is_causal else None
     if isinstance(mask, fx.Node):
@@ -72,3 +76,8 @@ def _site(node: fx.Node, form: str, mask: object, dropout: object, is_causal: ob
         causal=causal,
         scale=scale,  # type: ignore[arg-type]
     )
+
+
+def _shorter(a: Size, b: Size) -> bool:
+    """Whether a < b is known while compiling."""
+    return bool((a < b) is True or (a < b) == sympy.true)

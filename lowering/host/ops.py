@@ -65,10 +65,10 @@ def unpack(
     for x, dim, inner in zip(xs, dims, inners, strict=True):
         part = by_rank.narrow(1, start, x.numel()).view(cp_size, 2, block, -1)
         start += x.numel()
-        natural = part.new_empty(2, cp_size, block, part.shape[3])
-        natural[0].copy_(part[:, 0])
-        for rank in range(cp_size):
-            natural[1, cp_size - 1 - rank].copy_(part[rank, 1])
+        natural = part.new_empty(layout.blocks(cp_size), block, part.shape[3])
+        for number in range(layout.blocks(cp_size)):
+            rank, half = layout.block_owner(number, cp_size)
+            natural[number].copy_(part[rank, half])
         rest = (*x.shape[:dim], x.shape[dim] // (2 * block * inner), inner, *x.shape[dim + 1 :])
         rows = natural.view(2 * cp_size * block, -1)[:tokens].view(tokens, *rest)
         full.append(merge_axis(rows.movedim(0, dim + 1), dim))

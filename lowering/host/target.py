@@ -33,7 +33,7 @@ class HostTarget:
     name = "host"
 
     def lower(self, gm: fx.GraphModule, ranks: Ranks) -> None:
-        fake_mode = fake_mode_of(gm) or nullcontext()
+        fake_mode = fake_mode_of(gm.graph) or nullcontext()
         for node in list(gm.graph.nodes):
             if node.op != "call_function" or node.target not in CANONICAL:
                 continue

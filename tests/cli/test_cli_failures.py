@@ -46,22 +46,22 @@ def test_an_error_of_the_backend_arrives_as_itself(tmp_path: Path, monkeypatch: 
 
 def test_a_killed_rank_is_named_and_takes_the_others_along(tmp_path: Path) -> None:
     with pytest.raises(RankError, match="rank 1 was killed by SIGKILL before it had a result") as caught:
-        run_phase(TINY, phases(TINY)[1], tmp_path, _on_build(signal.SIGKILL))
+        run_phase(TINY, phases(TINY)[1], tmp_path, _to_rank_1(signal.SIGKILL))
     assert caught.value.code == "CP651"
     assert not psutil.Process().children(recursive=True)
 
 
 def test_a_silent_rank_runs_into_the_timeout(tmp_path: Path) -> None:
-    impatient = dataclasses.replace(TINY, timeout=8)
-    with pytest.raises(RankError, match="nothing heard for 8 s; still busy: rank 0 .*, rank 1") as caught:
-        run_phase(impatient, phases(impatient)[1], tmp_path, _on_build(signal.SIGSTOP))
+    impatient = dataclasses.replace(TINY, timeout=4)
+    with pytest.raises(RankError, match=r"nothing heard for 4 s; still busy: rank 0 .*, rank 1") as caught:
+        run_phase(impatient, phases(impatient)[1], tmp_path, _to_rank_1(signal.SIGSTOP))
     assert caught.value.code == "CP654"
     assert not psutil.Process().children(recursive=True)
 
 
-def _on_build(how: signal.Signals) -> Callable[[str], None]:
+def _to_rank_1(how: signal.Signals) -> Callable[[str], None]:
     def say(text: str) -> None:
-        if text == "building the model":
+        if text == "starting":
             for child in psutil.Process().children():
                 if child.cmdline()[-1] == "1":
                     child.send_signal(how)
@@ -83,6 +83,14 @@ def test_torchs_wrapper_is_taken_off() -> None:
     assert str(RankError("rank 0", found)) == "[CP001] unknown option\n  way out: see CPConfig"
     assert Failure.from_json(found.to_json()) == found
     assert issubclass(RefusedError, RuntimeError)
+
+
+def test_the_cause_comes_before_its_consequences() -> None:
+    lost = Failure("RuntimeError", "[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1")
+    wrapped = Failure("CPError", "a rank is gone", "CP601")
+    died = Failure("ProcessDied", "rank 1 was killed by SIGKILL", "CP651")
+    refused, raised = Failure("RefusedError", "no matcher", "CP101"), Failure("MemoryError", "no more")
+    assert sorted([lost, wrapped, raised, refused, died], key=lambda f: f.remoteness)[:3] == [died, refused, raised]
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])

@@ -5,12 +5,13 @@ Run in one process by cppass.simulate: the lowered graphs, and the canonical gra
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from core.snippets import SNIPPETS, B, D, F, G, H, Snippet, causal, qkv, rand
+from core.snippets import SNIPPETS, B, D, F, G, H, Snippet, causal, qkv, rand, traced
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -18,6 +19,7 @@ import cppass
 
 TOKENS = (1, 2, 5, 13, 16, 37, 64)
 Ranks = list[tuple[list[Tensor], list[Tensor]]]
+traced_once = functools.cache(traced)  # simulate changes a copy
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +48,7 @@ def simulated(run: Callable[..., Any], inputs: tuple[Any, ...], cp_size: int, **
 def check(snippet: Snippet, tokens: int, cp_size: int, lower: bool) -> None:
     inputs = snippet.inputs(tokens)
     outputs, written = alone(snippet.run, inputs)
-    ranks = simulated(snippet.run, inputs, cp_size, lower=lower)
+    ranks = simulated(traced_once(snippet, tokens), inputs, cp_size, lower=lower)
     for seen, after in ranks:
         torch.testing.assert_close(seen, outputs, rtol=snippet.tolerance, atol=snippet.tolerance)
         assert all(torch.equal(x, y) for x, y in zip(after, written, strict=True))
@@ -57,23 +59,23 @@ def check(snippet: Snippet, tokens: int, cp_size: int, lower: bool) -> None:
 
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("cp_size", [2, 3, 4])
-@pytest.mark.parametrize("name", ["causal", "cache", "cache, in place", "a layer"])
+@pytest.mark.parametrize("name", ["causal", "cache, in place"])
 def test_lowered(name: str, cp_size: int, tokens: int) -> None:
     check(SNIPPETS[name], tokens, cp_size, lower=True)
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("cp_size", [2, 3, 4])
-@pytest.mark.parametrize("name", ["causal", "cache", "cache, in place", "a layer"])
+@pytest.mark.parametrize("name", ["causal", "cache, in place"])
 def test_meanings(name: str, cp_size: int, tokens: int) -> None:
     check(SNIPPETS[name], tokens, cp_size, lower=False)
 
 
-@pytest.mark.parametrize("tokens", [5, 13, 16, 37])
+@pytest.mark.parametrize(("tokens", "cp_size"), [(5, 2), (13, 3), (37, 2)])
 @pytest.mark.parametrize("lower", [True, False], ids=["lowered", "meanings"])
-@pytest.mark.parametrize("name", ["growing cache, window, grouped heads", "padding mask", "written out", "experts"])
-def test_other_forms(name: str, lower: bool, tokens: int) -> None:
-    check(SNIPPETS[name], tokens, 2 if tokens < 16 else 3, lower)
+@pytest.mark.parametrize("name", [name for name in SNIPPETS if name not in ("causal", "cache, in place")])
+def test_other_forms(name: str, lower: bool, tokens: int, cp_size: int) -> None:
+    check(SNIPPETS[name], tokens, cp_size, lower)
 
 
 def test_returned_caches_have_the_bits_of_one_device() -> None:
@@ -152,7 +154,7 @@ def test_dead_attention_is_no_error() -> None:
     check(Snippet(lambda q, k, v: (causal(q, k, v), q * 2)[1], qkv), 8, 2, True)
 
 
-# -- masks whose description the attention kernel has to accept ----------------------------------------------------------
+# -- masks whose description the attention kernel has to accept ------------------------------------------------------
 
 
 def behind(offset: int, keys: int = 0) -> Callable[..., Tensor]:
@@ -185,8 +187,6 @@ def test_is_causal_over_other_keys(keys: int, lower: bool) -> None:
 
 def test_grouped_heads_travel_once() -> None:
     """G heads are gathered, not the H heads that they are repeated to."""
-    from core.snippets import traced
-
     snippet = SNIPPETS["growing cache, window, grouped heads"]
     report = cppass.run_pass(traced(snippet, 8), snippet.inputs(8), cp_size=2)
     assert report.gathers[0].received_bytes == 2 * G * 8 * D * 4 // 2

@@ -95,6 +95,10 @@ def test_min_tokens_leaves_short_prefills_alone(seen):
     assert "min_tokens = 32" in seen["reasons"][1]
 
 
+def test_broken_layouts_are_noticed(seen):
+    assert all(difference > 1e-2 for difference in seen["differences"].values())
+
+
 def test_inductor(seen):
     assert [status for status, _ in seen["reports"]][:1] == ["rewritten"]
 
