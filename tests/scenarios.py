@@ -238,7 +238,7 @@ def broken_layouts_are_noticed() -> dict[str, Any]:
         model, run = compiled(dynamic=False)
         broken = types.SimpleNamespace(**{**vars(layout), name: function})
         with unittest.mock.patch("lowering.host.ops.layout", broken):
-            errors[name] = max(steps(model, run, "static early", [37]))
+            errors[name] = max(steps(model, run, "static early", [64]))
     return {"differences": errors}
 
 
