@@ -42,7 +42,8 @@ def run_pass(
         OptionError: wrong options, a Torch-level trace, example inputs that do not fit.
         RefusedError: the graph cannot be rewritten (with on_refusal="raise").
     """
-    config = dataclasses.replace(config, **options) if config is not None else CPConfig.from_options(options)
+    given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)} if config is not None else {}
+    config = CPConfig.from_options({**given, **options})
     ranks = ranks_without_group(config)
     if not isinstance(gm, fx.GraphModule):
         raise OptionError(

@@ -76,13 +76,16 @@ def _trace(gm: fx.GraphModule, inputs: list[Any]) -> fx.GraphModule:
 
 
 def _functional(graph: fx.Graph) -> bool:
-    """No op writes in place, but for the copy_ epilogue into inputs."""
+    """No op writes in place, but for an epilogue of copy_ into inputs."""
+    epilogue = False
     for node in graph.nodes:
         schema = getattr(node.target, "_schema", None)
-        if node.op != "call_function" or schema is None or not schema.is_mutable:
-            continue
-        target = node.args[0] if node.args else None
-        if node.target is not COPY or not isinstance(target, fx.Node) or target.op != "placeholder" or node.users:
+        if node.op == "call_function" and schema is not None and schema.is_mutable:
+            target = node.args[0] if node.args else None
+            if node.target is not COPY or not isinstance(target, fx.Node) or target.op != "placeholder" or node.users:
+                return False
+            epilogue = True
+        elif epilogue and node.op != "output":
             return False
     return True
 

@@ -41,7 +41,6 @@ app = typer.Typer(
 
 def main() -> None:
     """The console entry point."""
-    _keep_torch_npu_out()
     app(prog_name="cppass")
 
 
@@ -176,13 +175,6 @@ def _need(*modules: str) -> None:
     for module in modules:
         if importlib.util.find_spec(module) is None:
             raise OptionError("CP055", f"this command needs {module}, which is not installed", INSTALL)
-
-
-def _keep_torch_npu_out() -> None:
-    """Without CANN, torch_npu fails while torch autoloads it, and a plain `import torch` with it."""
-    has_cann = "ASCEND_HOME_PATH" in os.environ or "ASCEND_TOOLKIT_HOME" in os.environ
-    if not has_cann and importlib.util.find_spec("torch_npu") is not None:
-        os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 
 if __name__ == "__main__":

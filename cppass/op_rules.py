@@ -200,7 +200,9 @@ class IndexRule(AxisRule):
     """Indexing; rows may also be looked up by a local permutation of them."""
 
     def forward(self, node: fx.Node, slot: int, state: State, rows: Size) -> Transfer | None:
-        return index_points(node, slot, state, rows) or super().forward(node, slot, state, rows)
+        if slot > 0 and state.points is not None:
+            return index_points(node, slot, state, rows)  # row numbers are looked up in their own axis only
+        return super().forward(node, slot, state, rows)
 
 
 POINTWISE = AxisRule(pointwise_axes)
@@ -287,7 +289,7 @@ RULES: dict[Any, Rule] = {
     # look-ups
     aten.embedding.default: AxisRule(_embedding),
     aten.index.Tensor: IndexRule(_index, moves=True),
-    aten.index_select.default: AxisRule(_index_select, moves=True),
+    aten.index_select.default: AxisRule(_index_select),
     # experts: rows of a local sort
     aten.histc.default: RowsOfSort(None),
     aten._grouped_mm.default: RowsOfSort(None),

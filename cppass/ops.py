@@ -62,6 +62,13 @@ def restore_rows(gathered_PmF: Tensor, tokens: int, cp_size: int) -> Tensor:
     return torch.cat([halves[:, 0], halves[:, 1].flip(0)]).reshape(2 * cp_size * rows, -1)[:tokens]
 
 
+def causal_rows(tokens: int, cp_size: int, rank: int, prefix: int, window: int, k: Tensor) -> Tensor:
+    """Local rows of a causal mask over k [B, H, T, D], with a window of keys where it is not 0: bool [m, T]."""
+    last = prefix + local_row_index(tokens, cp_size, rank, k.device)[:, None]
+    key = torch.arange(k.shape[2], device=k.device)
+    return (key <= last) & (key > last - window) if window else key <= last
+
+
 # -- meanings: every rank's operands in, every rank's result out ------------------------------------------------------
 
 
@@ -119,9 +126,7 @@ def attention(
         if causal:
             offset = prefix_tensors[rank]
             base = prefix + (int(offset) if offset is not None else 0)
-            last = base + local_row_index(tokens, cp_size, rank, q.device)[:, None]
-            key = torch.arange(k.shape[2], device=q.device)
-            mask = (key <= last) & (key > last - window) if window else key <= last
+            mask = causal_rows(tokens, cp_size, rank, base, window, k)
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
         results.append(out.transpose(1, 2).contiguous().transpose(1, 2))
     return results

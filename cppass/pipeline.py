@@ -28,12 +28,13 @@ def rewrite_graph(gm: fx.GraphModule, config: CPConfig, cp_size: int) -> Report:
     graph = prepare(gm)
     found = find_sites(graph)
     base = Report(LEFT_ALONE, cp_size=cp_size, sites=tuple(describe_site(s) for s in found.sites))
+    if found.sites:
+        base = dataclasses.replace(base, tokens=_tokens_text(found.sites[0]))
     if cp_size == 1:
         return dataclasses.replace(base, reason="one rank: there is nothing to share")
     if not found.sites and not found.refusals:
         return dataclasses.replace(base, reason="no attention in this graph")
     if found.sites:
-        base = dataclasses.replace(base, tokens=_tokens_text(found.sites[0]))
         reason = _too_short(found.sites, config, cp_size)
         if reason:
             return dataclasses.replace(base, reason=reason)

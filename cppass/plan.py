@@ -136,8 +136,8 @@ class _Planner:
                 self.full[node] = Full.COMPUTE
                 self._want_full(node, tensor_operands(node))
             elif node.op == "call_function" and not is_tensor(node):
-                if node.users:
-                    self._want_full(node, tensor_operands(node))  # sym_size and the like
+                if node.users and node.target not in SIZES:
+                    self._want_full(node, tensor_operands(node))
             else:
                 self._decide(node)
         return CPPlan(
@@ -365,6 +365,8 @@ class _Planner:
             path.add(end)
         return any(reached)
 
+
+SIZES = {aten.sym_size.int, aten.sym_numel.default}  # take a shape, no rows
 
 COPIES = {
     *SAME,

@@ -17,6 +17,8 @@ NEW_FACTORIES = {
     aten.new_full.default: aten.full.default,
 }
 
+MAYBE_VIEWS = {aten.reshape.default, aten._unsafe_view.default, aten.contiguous.default, aten._to_copy.default}
+
 
 def prepare(gm: fx.GraphModule) -> fx.Graph:
     """A copy of the module's graph that computes the same; the module itself keeps its graph."""
@@ -111,11 +113,12 @@ def merge_duplicates(graph: fx.Graph) -> None:
 
     before:  m1 = where(seen, 0, -inf); m2 = where(seen, 0, -inf)            after:  m1 in both places
 
-    Random ops, and values that leave the graph or are written to, stay apart.
+    Random ops stay apart, and so do values whose memory leaves the graph or is written to.
     """
     first: dict[Hashable, fx.Node] = {}
+    apart = _escaping(graph)
     for node in list(graph.nodes):
-        if node.op != "call_function" or not _mergeable(node):
+        if node.op != "call_function" or node in apart or not _mergeable(node):
             continue
         key = (node.target, _frozen(node.args), _frozen(node.kwargs))
         kept = first.setdefault(key, node)
@@ -126,9 +129,21 @@ def merge_duplicates(graph: fx.Graph) -> None:
 
 def _mergeable(node: fx.Node) -> bool:
     schema, tags = getattr(node.target, "_schema", None), getattr(node.target, "tags", ())
-    if schema is None or schema.is_mutable or torch.Tag.nondeterministic_seeded in tags:
-        return False
-    return not any(user.op == "output" or _writes(user) for user in node.users)
+    return not (schema is None or schema.is_mutable or torch.Tag.nondeterministic_seeded in tags)
+
+
+def _escaping(graph: fx.Graph) -> set[fx.Node]:
+    """Values that are an output or written to, and values that such a one may be a view of."""
+    escaping: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node.op == "output" or _writes(node) or (node in escaping and _may_be_view(node)):
+            escaping.update(node.all_input_nodes)
+    return escaping
+
+
+def _may_be_view(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is None or node.target in MAYBE_VIEWS or any(r.alias_info is not None for r in schema.returns)
 
 
 def _writes(node: fx.Node) -> bool:
@@ -144,4 +159,4 @@ def _frozen(value: Any) -> Hashable:
         return tuple((name, _frozen(v)) for name, v in value.items())
     if isinstance(value, slice):
         return ("slice", _frozen(value.start), _frozen(value.stop), _frozen(value.step))
-    return (type(value), value)
+    return (type(value), repr(value) if isinstance(value, float) else value)  # 0.0 is not -0.0

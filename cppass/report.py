@@ -80,20 +80,29 @@ class Report:
         sizes = [g.received_bytes for g in self.gathers]
         return None if None in sizes else sum(s for s in sizes if s is not None)
 
+    def _size(self) -> str:
+        return "" if self.tokens is None else f"{self.tokens} tokens, "
+
     def __str__(self) -> str:
         head = f"graph {self.graph}: " if self.graph else ""
         lines = [f"{head}{self.status}" + (f": {self.reason}" if self.reason else "")]
         if self.sites:
-            lines.append(f"  {len(self.sites)} attention sites, {self.tokens} tokens, {self.cp_size} ranks")
+            lines.append(
+                f"  {_plural(len(self.sites), 'attention site')}, {self._size()}{_plural(self.cp_size, 'rank')}"
+            )
             for kind, count in _counted(self.sites).items():
                 lines.append(f"    {count} x {kind}")
         if self.status == REWRITTEN:
-            lines.append(f"  {self.collectives} collectives in one forward")
+            lines.append(f"  {_plural(self.collectives, 'collective')} in one forward")
             for gather in self.gathers:
                 lines.append(f"    {', '.join(gather.nodes)}: {gather.why}, {gather.formula} bytes received")
         lines += [f"  {line}" for refusal in self.refusals for line in str(refusal).splitlines()]
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
 def _counted(sites: tuple[SiteReport, ...]) -> dict[str, int]:

@@ -19,8 +19,8 @@ import cppass.ops  # noqa: F401  (defines torch.ops.cppass)
 from cppass import layout
 from cppass.errors import Unsupported
 from cppass.match.kv import VIEWS
-from cppass.plan import CPPlan, Full, Local
-from cppass.rules import Transfer, is_tensor, iter_nodes, shape_of
+from cppass.plan import SIZES, CPPlan, Full, Local
+from cppass.rules import Transfer, is_tensor, iter_nodes, shape_of, tensor_operands
 from cppass.site import AttentionSite
 from cppass.tokens import Size, State, Tokens, size_of
 from cppass.torch_private import fake_mode_of
@@ -101,6 +101,8 @@ class _Rewriter:
             return self._gathered(node)
         if node in self.full_nodes:
             return self.full_nodes[node]
+        if node.target in SIZES and not all(self._is_whole(x) for x in tensor_operands(node)):
+            return self.number(size_of(node.meta["val"]))  # type: ignore[return-value]
         outer, self.origin = self.origin, node
         how = self.plan.full.get(node)
         if how is Full.GATHER:
@@ -112,6 +114,10 @@ class _Rewriter:
         self.full_nodes[node] = result
         self.origin = outer
         return result
+
+    def _is_whole(self, node: fx.Node) -> bool:
+        """Whether the Full value of a node is to be had without a collective."""
+        return self.plan.full.get(node) in (Full.GIVEN, Full.COMPUTE) or node.op in ("placeholder", "get_attr")
 
     def _computed(self, node: fx.Node) -> fx.Node:
         """The node as it was, on Full operands. Views become reshapes where an operand's strides changed."""

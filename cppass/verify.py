@@ -71,7 +71,9 @@ class _Typing:
     def _state(self, node: fx.Node) -> State | None:
         name = CANONICAL.get(node.target)
         if name is not None:
-            return getattr(self, f"_{name}")(node)  # type: ignore[no-any-return]
+            state: State | None = getattr(self, f"_{name}")(node)
+            self._same_layout(node)
+            return state
         operands = tensor_operands(node)
         given = tuple(self.states.get(x) for x in operands)
         if not any(given):
@@ -95,6 +97,14 @@ class _Typing:
             elif have != want:
                 return False
         return True
+
+    def _same_layout(self, node: fx.Node) -> None:
+        """Every canonical op cuts and joins by the plan's token count and ranks."""
+        names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+        tokens, cp_size = node.args[names.index("tokens")], node.args[names.index("cp_size")]
+        if _size(tokens) != self.plan.tokens or cp_size != self.plan.cp_size:
+            wanted = f"{self.plan.tokens} tokens over {self.plan.cp_size} ranks"
+            raise _illegal(node, f"lays out {_size(tokens)} tokens over {cp_size} ranks; the plan says {wanted}")
 
     def _shard(self, node: fx.Node) -> State:
         x, dim, inner, tokens, cp_size = node.args

@@ -97,7 +97,7 @@ def _times(outcome: Outcome) -> list[tuple[str, Text]]:
         (f"TTFT, {ranks} of 1 thread", _time(outcome.ranks_time)),
         ("speed-up", Text(f"{speedup:.2f}x ({least:.2f}x to {most:.2f}x)", style="bold")),
         (f"TTFT, 1 process, {count(outcome.job.ranks, 'thread')}", _time(outcome.threads_time)),
-        ("compile time, once", Text(f"{outcome.compile_seconds:.1f} s")),
+        ("compile time, once", Text(f"{outcome.compile_seconds:.1f} s (first call less a prefill)")),
     ]
 
 

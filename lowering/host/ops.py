@@ -18,7 +18,15 @@ import torch
 from torch import Tensor
 
 from cppass import layout
-from cppass.ops import attention_shape, gather_shape, local_row_index, merge_axis, shard_shape, split_axis
+from cppass.ops import (
+    attention_shape,
+    causal_rows,
+    gather_shape,
+    local_row_index,
+    merge_axis,
+    shard_shape,
+    split_axis,
+)
 from cppass.torch_private import OpLibrary
 from lowering.host.attention import zigzag_attention
 
@@ -127,6 +135,9 @@ def attention(
     """One rank's zigzag halves [B, Hq, m, D]; a prefix in a tensor is read here (host memory, no device sync)."""
     if prefix_tensor is not None:
         prefix += int(prefix_tensor)
+    if causal and not 0 <= prefix <= k.shape[2] - tokens:
+        # rows that see no key, or all of them and more: unusual, so by a mask of the local rows
+        mask, causal = causal_rows(tokens, cp_size, rank, prefix, window, k), False
     return zigzag_attention(
         q,
         k,

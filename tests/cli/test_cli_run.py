@@ -10,7 +10,7 @@ import pytest
 
 pytestmark = pytest.mark.timeout(120)
 
-TINY = ["--tokens", "61", "--decode", "2", "--repeat", "1", "--timeout", "60"]
+TINY = ["--tokens", "61", "--decode", "1", "--repeat", "1", "--timeout", "60"]
 """61 tokens do not divide by 2 * ranks."""
 
 KEYS = {
@@ -42,7 +42,7 @@ def test_json_of_spawned_ranks() -> None:
     assert (found["schema"], found["ok"], found["launcher"]) == (1, True, "spawn")
     assert found["check"]["tokens_equal"]
     assert found["check"]["caches_identical_across_ranks"]
-    assert [len(row) for row in found["check"]["tokens"]] == [3]
+    assert [len(row) for row in found["check"]["tokens"]] == [2]
     assert found["rewriting"]["status"] == "rewritten"
     layers = found["model"]["layers"]
     assert (found["rewriting"]["sites"], found["rewriting"]["collectives"]) == (layers, layers + 1)
@@ -66,7 +66,7 @@ def test_table_under_torchrun() -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("tokens equal to one device") == 1, "one rank prints"
     lines = [" ".join(line.strip("\u2502").split()).replace(" \u2502", ":") for line in done.stdout.splitlines()]
-    assert "tokens equal to one device: yes (3 tokens of 1 sequence)" in lines
+    assert "tokens equal to one device: yes (2 tokens of 1 sequence)" in lines
     assert "K/V caches identical on all ranks: yes (every bit, after decoding too)" in lines
     assert "attention sites: 1 found, 1 rewritten" in lines
     assert "collectives per forward: 2 (2 per layer, 1 layer)" in lines

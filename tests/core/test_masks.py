@@ -84,7 +84,7 @@ RECOGNISED: dict[str, tuple[Build, tuple[Any, ...], tuple[int, int, int]]] = {
     "k < q + 1": (lambda: keys() < rows() + 1, (), (0, 0, 0)),
     "k - q < 1": (lambda: keys() - rows() < torch.ones((), dtype=torch.long), (), (0, 0, 0)),
     "one key more": (lambda: keys() <= rows() + 1, (), (1, 0, 0)),
-    "one key less": (lambda: keys() < rows(), (), (-1, 0, 0)),
+    "as many keys as there are": (lambda: keys() <= rows() + T - S, (), (T - S, 0, 0)),
     "not (k > q)": (lambda: ~(keys() > rows()), (), (0, 0, 0)),
     "logical_not (k > q)": (lambda: torch.logical_not(keys() > rows()), (), (0, 0, 0)),
     "int offset": (lambda: keys() <= rows() + 3, (), (3, 0, 0)),
@@ -135,6 +135,8 @@ def position_ids(*values: int) -> Tensor:
 NOT_PROVEN: dict[str, tuple[Build, tuple[Any, ...]]] = {
     "a mask that is an input": (lambda m: m, (torch.ones(S, T, dtype=torch.bool).tril(),)),
     "everything": (lambda: torch.ones(S, T, dtype=torch.bool), ()),
+    "one key less, row 0 sees none": (lambda: keys() < rows(), ()),
+    "more keys than there are": (lambda: keys() <= rows() + T - S + 1, ()),
     "k >= q": (lambda: keys() >= rows(), ()),
     "not (k <= q)": (lambda: ~(keys() <= rows()), ()),
     "no query row in it": (lambda: (keys() <= 3).expand(S, T), ()),

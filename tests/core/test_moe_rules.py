@@ -56,7 +56,9 @@ def test_what_every_op_of_an_expert_layer_carries() -> None:
     graph = traced(experts, *inputs())
     states = carried(graph, {"x_1": Tokens(0), "picked_1": Tokens(0)})
     lines = [f"{node.name}: {states.get(node, 'Full')}" for node in graph.nodes if node.op == "call_function"]
-    assert_expected_inline("\n".join(lines), """\
+    assert_expected_inline(
+        "\n".join(lines),
+        """\
 view: Local(dim 0 = tokens * 2)
 sort: Local(dim 0 = tokens * 2, sorted by sort, row numbers)
 getitem: Local(dim 0 = tokens * 2, sorted by sort)
@@ -74,7 +76,8 @@ index_put: Local(dim 0 = tokens * 2, row numbers)
 index_1: Local(dim 0 = tokens * 2)
 view_1: Local(dim 0 = tokens)
 sum_1: Local(dim 0 = tokens)
-sum_2: Full""")
+sum_2: Full""",
+    )
 
 
 # -- single ops on such values -----------------------------------------------------------------------------------------

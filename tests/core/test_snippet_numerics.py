@@ -175,14 +175,32 @@ def test_causal_masks_off_the_diagonal(offset: int, lower: bool) -> None:
 
 
 @pytest.mark.parametrize("lower", [True, False], ids=["lowered", "meanings"])
-@pytest.mark.parametrize("keys", [5, 12])
-def test_is_causal_over_other_keys(keys: int, lower: bool) -> None:
-    """is_causal=True counts from the first key, with fewer or more keys than queries."""
+@pytest.mark.parametrize("length", [0, 2])
+def test_a_length_that_hides_every_key_of_a_row(length: int, lower: bool) -> None:
+    """k < q + n: in the first step n is 0, and the first row sees nothing."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, n: Tensor) -> Tensor:
+        mask = torch.arange(k.shape[2]) < (torch.arange(q.shape[2]) + n)[:, None]
+        return torch.nan_to_num(scaled_dot_product_attention(q, k, v, attn_mask=mask))
 
     def inputs(tokens: int) -> tuple[Tensor, ...]:
-        return rand(B, H, tokens, D), rand(B, H, keys, D), rand(B, H, keys, D)
+        return rand(B, H, tokens, D), rand(B, H, 12, D), rand(B, H, 12, D) + 1, torch.tensor(length)
 
-    check(Snippet(causal, inputs), 8, 2, lower)
+    check(Snippet(run, inputs), 8, 2, lower)
+
+
+def other_keys(keys: int) -> tuple[Tensor, Tensor, Tensor]:
+    return rand(B, H, 8, D), rand(B, H, keys, D), rand(B, H, keys, D)
+
+
+@pytest.mark.parametrize("lower", [True, False], ids=["lowered", "meanings"])
+def test_is_causal_counts_from_the_first_key(lower: bool) -> None:
+    check(Snippet(causal, lambda tokens: other_keys(12)), 8, 2, lower)
+
+
+def test_is_causal_over_fewer_keys_is_refused() -> None:
+    with pytest.raises(cppass.RefusedError, match="CP103"):
+        cppass.simulate(causal, other_keys(5), 2)
 
 
 def test_grouped_heads_travel_once() -> None:
@@ -190,3 +208,36 @@ def test_grouped_heads_travel_once() -> None:
     snippet = SNIPPETS["growing cache, window, grouped heads"]
     report = cppass.run_pass(traced(snippet, 8), snippet.inputs(8), cp_size=2)
     assert report.gathers[0].received_bytes == 2 * G * 8 * D * 4 // 2
+
+
+# -- row numbers of a local sort, looked up in a table of another axis ---------------------------------------------
+
+
+def looked_up(take: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """Expert rows are taken at table[order], where the table is longer than the sorted axis."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, router: Tensor, table: Tensor) -> Tensor:
+        x = causal(q, k, v).transpose(1, 2).reshape(-1, F)
+        picked = torch.softmax(x @ router, -1).topk(2, -1)[1].reshape(-1)
+        order = torch.sort(picked)[1]
+        back = torch.empty_like(order)
+        back[order] = torch.arange(order.shape[0])
+        return x[take(table, order) // 2][back].view(-1, 2, F).sum(1)
+
+    return run
+
+
+TAKES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "index": lambda table, order: table[order],
+    "index_select": lambda table, order: table.index_select(0, order),
+    "gather": lambda table, order: table.gather(0, order),
+    "index, as long as the axis": lambda table, order: table[: order.shape[0]][order],
+}
+
+
+@pytest.mark.parametrize("take", TAKES.values(), ids=TAKES.keys())
+def test_row_numbers_mean_nothing_in_another_table(take: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def inputs(tokens: int) -> tuple[Tensor, ...]:
+        return (*qkv(tokens), rand(F, 4), torch.arange(2 * tokens + 9) * 5 % 12)
+
+    check(Snippet(looked_up(take), inputs), 13, 2, True)
