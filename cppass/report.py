@@ -80,16 +80,12 @@ class Report:
         sizes = [g.received_bytes for g in self.gathers]
         return None if None in sizes else sum(s for s in sizes if s is not None)
 
-    def _size(self) -> str:
-        return "" if self.tokens is None else f"{self.tokens} tokens, "
-
     def __str__(self) -> str:
         head = f"graph {self.graph}: " if self.graph else ""
         lines = [f"{head}{self.status}" + (f": {self.reason}" if self.reason else "")]
         if self.sites:
-            lines.append(
-                f"  {_plural(len(self.sites), 'attention site')}, {self._size()}{_plural(self.cp_size, 'rank')}"
-            )
+            tokens = "" if self.tokens is None else f"{self.tokens} tokens, "
+            lines.append(f"  {_plural(len(self.sites), 'attention site')}, {tokens}{_plural(self.cp_size, 'rank')}")
             for kind, count in _counted(self.sites).items():
                 lines.append(f"    {count} x {kind}")
         if self.status == REWRITTEN:

@@ -138,6 +138,7 @@ def attention(
     if causal and not 0 <= prefix <= k.shape[2] - tokens:
         # rows that see no key, or all of them and more: unusual, so by a mask of the local rows
         mask, causal = causal_rows(tokens, cp_size, rank, prefix, window, k), False
+        prefix = window = 0
     return zigzag_attention(
         q,
         k,
