@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-TIMEOUT = 240  # seconds for everything a set of ranks does
+TIMEOUT = 600  # seconds for everything a set of ranks does
 
 
 def on_ranks(cp_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:

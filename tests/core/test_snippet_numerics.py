@@ -149,9 +149,22 @@ def test_a_few_rows(start: int, tokens: int) -> None:
     check(Snippet(run, qkv), tokens, 2, True)
 
 
-def test_dead_attention_is_no_error() -> None:
-    """Its result is not used: like any dead code, it may go."""
-    check(Snippet(lambda q, k, v: (causal(q, k, v), q * 2)[1], qkv), 8, 2, True)
+def dead(layers: int) -> Callable[..., Tensor]:
+    """Layers of attention whose result nothing uses."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = q
+        for _ in range(layers):
+            out = causal(out, k, v)
+        return q * 2
+
+    return run
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_dead_attention_is_no_error(layers: int) -> None:
+    """Like any dead code, it may go."""
+    check(Snippet(dead(layers), qkv), 8, 2, True)
 
 
 # -- masks whose description the attention kernel has to accept ------------------------------------------------------
@@ -241,3 +254,18 @@ def test_row_numbers_mean_nothing_in_another_table(take: Callable[[Tensor, Tenso
         return (*qkv(tokens), rand(F, 4), torch.arange(2 * tokens + 9) * 5 % 12)
 
     check(Snippet(looked_up(take), inputs), 13, 2, True)
+
+
+@pytest.mark.parametrize("output", ["rows", "rows and order"])
+def test_rows_sorted_by_an_input(output: str) -> None:
+    """Rows sorted by token id: the order is cheap to compute whole, but only the order of local rows fits them."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Any:
+        x = causal(q, k, v).transpose(1, 2).reshape(-1, F)
+        order = torch.sort(ids)[1]
+        back = torch.empty_like(order)
+        back[order] = torch.arange(order.shape[0])
+        rows = (x[order] * 2)[back]
+        return (rows, order) if output == "rows and order" else rows
+
+    check(Snippet(run, lambda tokens: (*qkv(tokens), torch.arange(tokens) * 7 % 5)), 13, 2, True)

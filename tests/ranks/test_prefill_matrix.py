@@ -34,6 +34,7 @@ def check(cp_size: int, cases: list[Case]) -> None:
         assert len({o.cache_hash for o in outcomes}) == 1, f"caches differ between ranks: {outcomes[0].case}"
 
 
+@pytest.mark.timeout(700)
 @pytest.mark.parametrize("cp_size", MATRIX["cp_size"])
 def test_every_pair_of_settings(cp_size: int) -> None:
     check(cp_size, [case for case in pairwise() if case.cp_size == cp_size])

@@ -7,6 +7,7 @@ from gloo import on_ranks
 from scenarios import SCENARIOS, run_scenarios
 
 TOLERANCE = 1e-5
+pytestmark = pytest.mark.timeout(700)  # the first test waits for all scenarios
 
 
 @pytest.fixture(scope="module")
