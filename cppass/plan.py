@@ -291,8 +291,7 @@ class _Planner:
         if numbers_rows(node, state):
             return Local.NUMBER
         transfer = self.reach.way(node, state)
-        replicated = self.full.get(node) is Full.COMPUTE and node not in self.reach.trunk
-        if transfer is None or replicated:
+        if transfer is None or (self._is_at_hand(node) and _can_be_sharded(node, state)):
             return Local.SHARD
         if is_matmul(node) and node not in self.rowwise and self._gathers_a_factor(node, transfer):
             self.refusals.append(self._unknown_attention(node))
@@ -302,6 +301,10 @@ class _Planner:
             else:
                 self._want_local(operand, operand_state)
         return transfer
+
+    def _is_at_hand(self, node: fx.Node) -> bool:
+        """A Full value that every rank computes anyway."""
+        return self.full.get(node) is Full.COMPUTE and node not in self.reach.trunk
 
     def _gathers_a_factor(self, node: fx.Node, transfer: Transfer) -> bool:
         """Local rows times something that depends on all tokens: scores, unless a matcher says so."""
@@ -382,6 +385,10 @@ COPIES = {
 
 def _bytes(node: fx.Node) -> Size:
     return product(shape_of(node)) * node.meta["val"].dtype.itemsize
+
+
+def _can_be_sharded(node: fx.Node, state: State) -> bool:
+    return isinstance(state, Tokens) and state.plain and isinstance(node.meta["val"], torch.Tensor)
 
 
 def _has_effect(node: fx.Node) -> bool:

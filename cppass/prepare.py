@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from cppass.match import MATCHERS
+
 aten = torch.ops.aten
 
 NEW_FACTORIES = {
@@ -27,7 +29,7 @@ def prepare(gm: fx.GraphModule) -> fx.Graph:
     inline_modules(gm, graph)
     drop_shape_only_operands(graph)
     merge_duplicates(graph)
-    graph.eliminate_dead_code()
+    graph.eliminate_dead_code(lambda node: node.is_impure() and node.target not in MATCHERS)  # dead attention goes
     graph.lint()
     return graph
 

@@ -42,7 +42,7 @@ def find_sites(graph: fx.Graph) -> Found:
     sites: list[AttentionSite] = []
     refusals: list[Refusal] = []
     for node in graph.nodes:
-        if node.op != "call_function" or not node.users:
+        if node.op != "call_function":
             continue
         matcher = MATCHERS.get(node.target)
         match = matcher(node) if matcher else _looks_like_attention(node) or _attention_inside(node)

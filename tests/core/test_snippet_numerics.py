@@ -269,3 +269,64 @@ def test_rows_sorted_by_an_input(output: str) -> None:
         return (rows, order) if output == "rows and order" else rows
 
     check(Snippet(run, lambda tokens: (*qkv(tokens), torch.arange(tokens) * 7 % 5)), 13, 2, True)
+
+
+# -- values in front of the first product: cheap, so both kinds of them are wanted -------------------------------------
+
+
+def attended(x: Tensor, w: Tensor) -> Tensor:
+    """[S, F] -> [S, F]: projections and attention."""
+    q, k, v = ((x @ w[:, i * F : (i + 1) * F]).view(1, -1, H, D).transpose(1, 2) for i in range(3))
+    return causal(q, k, v).transpose(1, 2).reshape(-1, F)
+
+
+def halves(x: Tensor, w: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """One element of a tuple is projected, the other one is an output."""
+    a, b = torch.split(torch.cat([x, x + 1], -1), F, -1)
+    return attended(a, w), b
+
+
+def largest(x: Tensor, w: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    values, where = x.topk(F // 2, -1)
+    return attended(torch.cat([values, values], -1), w), where
+
+
+def normalised(x: Tensor, w: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    x = torch.nn.functional.layer_norm(x, [F])
+    return attended(x, w), x
+
+
+def shuffled(x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows sorted by token id and put back; the orders are those of all tokens where they are outputs."""
+    order = torch.sort(ids)[1]
+    back = torch.empty_like(order)
+    back[order] = torch.arange(order.shape[0])
+    return (x[order] * 2)[back], order, back
+
+
+def with_order(x: Tensor, w: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    x, order, _ = shuffled(x + w[ids, :F], ids)
+    return attended(x, w), order
+
+
+def with_inverse(x: Tensor, w: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    x, _, back = shuffled(x + w[ids, :F], ids)
+    return attended(x, w), back
+
+
+def beside_attention(x: Tensor, w: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    x = x + w[ids, :F]
+    y, _, back = shuffled(x, ids)
+    return attended(x, w) + y @ w[:, :F], back
+
+
+WANTED = [halves, largest, normalised, with_order, with_inverse, beside_attention]
+
+
+@pytest.mark.parametrize("run", WANTED, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("lower", [True, False], ids=["lowered", "meanings"])
+def test_values_wanted_whole_and_local(run: Callable[..., Any], lower: bool) -> None:
+    def inputs(tokens: int) -> tuple[Tensor, ...]:
+        return rand(tokens, F), rand(F, 3 * F) / F, torch.arange(tokens) * 7 % 5
+
+    check(Snippet(run, inputs, tolerance=1e-4), 13, 2, lower)
