@@ -181,8 +181,6 @@ class _Planner:
 
     def _full(self, node: fx.Node) -> Full:
         if node in self.fresh:
-            if node.op in ("placeholder", "get_attr"):
-                self.full_wanted.setdefault(node, node)
             return Full.GATHER
         if node.op in ("placeholder", "get_attr"):
             return Full.GIVEN
@@ -247,12 +245,12 @@ class _Planner:
     def _mixes_like_attention(self, node: fx.Node, trunk: list[fx.Node]) -> bool:
         if not trunk or node in self.rowwise:
             return False
-        carried = [x for x in trunk if self.reach.ways.get(x) or self.reach.seeds.get(x)]
         if is_matmul(node):
             return all(x in self.reach.trunk for x in factors(node))
+        carry_tokens = {x for x in trunk if self.reach.ways.get(x) or self.reach.seeds.get(x)}
         if node.target in (aten._softmax.default, aten._safe_softmax.default):
-            return bool(carried)
-        return rule_of(node) is None and len({*carried}) >= 3
+            return bool(carry_tokens)
+        return rule_of(node) is None and len(carry_tokens) >= 3  # q, k and v of an op nobody described
 
     def _unknown_attention(self, node: fx.Node) -> Refusal:
         return refuse(
