@@ -267,15 +267,16 @@ class _Rewriter:
                 for dim, extent in enumerate(shape_of(node)):
                     if extent == size:
                         return self.emit(aten.sym_size.int, (self.full_nodes[node], dim))
-        if isinstance(size, sympy.Mul):
+        if isinstance(size, sympy.Mul) or (isinstance(size, sympy.Pow) and size.exp.is_Integer and size.exp > 0):
+            factors = size.args if isinstance(size, sympy.Mul) else [size.base] * int(size.exp)
             result: Any = 1
-            for factor in size.args:
+            for factor in factors:
                 part = int(factor) if factor.is_Integer else self.number(factor)
                 result = self._arithmetic(operator.mul, part, result)
             return result  # type: ignore[no-any-return]
         raise Unsupported(
             "CP302",
-            f"the token count {size} is not a size of any input of the graph",
+            f"the size {size} is not one of any input of the graph",
             "compile with dynamic=False, or pass the token ids to the compiled model",
         )
 

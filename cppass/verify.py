@@ -113,7 +113,8 @@ class _Typing:
             raise _illegal(node, "shards a Local value")
         outer = divide(shape_of(x)[dim], _size(tokens) * _size(inner))
         rows = None if outer is None else divide(shape_of(node)[dim], outer * _size(inner))
-        if outer is None or rows is None or (isinstance(rows, int) and rows != layout.local_rows(tokens, cp_size)):
+        known = isinstance(rows, int) and isinstance(_size(tokens), int)
+        if outer is None or rows is None or (known and rows != layout.local_rows(_size(tokens), cp_size)):
             raise _illegal(node, f"shards dim {dim} of {list(shape_of(x))}, which does not carry {tokens} tokens")
         if self.rows not in (0, rows):
             raise _illegal(node, f"has {rows} local rows where others have {self.rows}")

@@ -188,22 +188,30 @@ def test_causal_masks_off_the_diagonal(offset: int, lower: bool) -> None:
 
 
 @pytest.mark.parametrize("lower", [True, False], ids=["lowered", "meanings"])
-@pytest.mark.parametrize("length", [0, 2])
-def test_a_length_that_hides_every_key_of_a_row(length: int, lower: bool) -> None:
-    """k < q + n: in the first step n is 0, and the first row sees nothing."""
+@pytest.mark.parametrize(("length", "keys"), [(0, 12), (2, 12), (0, 8), (2, 8)])
+def test_lengths_at_the_edges(length: int, keys: int, lower: bool) -> None:
+    """k < q + n: with n = 0 the first row sees nothing; with 8 keys and n = 2 the last row could see one more."""
 
     def run(q: Tensor, k: Tensor, v: Tensor, n: Tensor) -> Tensor:
         mask = torch.arange(k.shape[2]) < (torch.arange(q.shape[2]) + n)[:, None]
         return torch.nan_to_num(scaled_dot_product_attention(q, k, v, attn_mask=mask))
 
-    def inputs(tokens: int) -> tuple[Tensor, ...]:
-        return rand(B, H, tokens, D), rand(B, H, 12, D), rand(B, H, 12, D) + 1, torch.tensor(length)
+    check(Snippet(run, lambda tokens: (*other_keys(keys), torch.tensor(length))), 8, 2, lower)
 
-    check(Snippet(run, inputs), 8, 2, lower)
+
+@pytest.mark.parametrize("length", [0, 2])
+def test_a_row_whose_keys_are_all_hidden_by_a_number(length: int) -> None:
+    """0 or -1e9 is added to the scores: where every key gets -1e9, softmax sees them all alike."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, n: Tensor) -> Tensor:
+        mask = torch.arange(k.shape[2]) < (torch.arange(q.shape[2]) + n)[:, None]
+        return scaled_dot_product_attention(q, k, v, attn_mask=torch.where(mask, 0.0, -1e9))
+
+    check(Snippet(run, lambda tokens: (*other_keys(12), torch.tensor(length))), 8, 2, True)
 
 
 def other_keys(keys: int) -> tuple[Tensor, Tensor, Tensor]:
-    return rand(B, H, 8, D), rand(B, H, keys, D), rand(B, H, keys, D)
+    return rand(B, H, 8, D), rand(B, H, keys, D), rand(B, H, keys, D) + 1
 
 
 @pytest.mark.parametrize("lower", [True, False], ids=["lowered", "meanings"])

@@ -68,3 +68,26 @@ def test_sizes_alone_do_not_travel() -> None:
     """numel() of a value takes its shape, no rows of it: one gather for K and V, one for the output."""
     graph, report = rewritten(merged)
     assert sum(n.target is torch.ops.cppass.gather.default for n in graph.nodes) == 2 == report.collectives
+
+
+def test_a_size_that_turned_out_to_be_known() -> None:
+    """An op that fits one size only makes it a number, in nodes that still call it a symbol."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = scaled_dot_product_attention(q, k, v, is_causal=True)
+        return (out + torch.arange(16.0)[:, None]).flip(1)
+
+    inputs = SNIPPETS["causal"].inputs(16)
+    gm = make_fx(run, tracing_mode="symbolic")(*inputs)
+    check(Snippet(run, lambda tokens: inputs), gm, 16, 2, True)
+
+
+def test_a_size_beside_the_tokens_may_be_a_power() -> None:
+    """As many heads as elements of a head are one symbol: [S, H * D] is [S, s * s]."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(-1) * 2
+
+    inputs = tuple(torch.randn(1, 8, 16, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    gm = make_fx(run, tracing_mode="symbolic")(*inputs)
+    check(Snippet(run, lambda tokens: inputs), gm, 16, 2, True)
