@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cppass import cli
+from cppass.environment import keep_torch_importable
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -111,5 +112,5 @@ def test_torch_npu_is_kept_out_only_where_cann_is_missing(
     environment = {} if cann is None else {"ASCEND_HOME_PATH": cann}
     monkeypatch.setattr(os, "environ", environment)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if installed else None)
-    cli._keep_torch_npu_out()
+    keep_torch_importable()
     assert environment.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == expected
