@@ -5,7 +5,7 @@
 Every rank is handed the same prompt, computes its share of the prefill and gets the whole result.
 """
 
-import cppass  # before torch: keeps `import torch` working where torch_npu is installed without CANN
+import cppass  # isort: skip  (before torch: keeps `import torch` working where torch_npu is installed without CANN)
 import torch
 import torch.distributed as dist
 from transformers import Qwen3Config, Qwen3ForCausalLM

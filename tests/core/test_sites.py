@@ -199,6 +199,17 @@ def test_write_forms(write: Function, nodes: tuple[str, ...], repeats: int) -> N
     assert tuple(w.name.rstrip("_0123456789") for w in site.key_fresh.writes) == nodes
 
 
+def test_repeated_tokens_are_no_repeated_heads() -> None:
+    """[B, H, n * S, D]: the same ops as a repeat of heads, but for the view."""
+
+    def step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (x[:, :, None].expand(B, H, 2, S, D).reshape(B, H, 2 * S, D) for x in (k, v))
+        return scaled_dot_product_attention(q, k, v)
+
+    (site,) = found(step, *qkv()).sites
+    assert tuple(site.key.meta["val"].shape) == (B, H, 2 * S, D)
+
+
 def test_cat_on_another_dimension_is_no_write() -> None:
     def step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return causal(q, torch.cat([k, k], 1), torch.cat([v, v], 1))
