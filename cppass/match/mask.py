@@ -36,7 +36,8 @@ def causal_mask(mask: fx.Node) -> Causal | None:
     other = sympy.symbols(f"batch0:{ndim - 2}", integer=True)
     reader = _Reader()
     try:
-        seen = _visible(reader.element(mask, (*other, Q, K)))
+        element = reader.element(mask, (*other, Q, K))
+        seen = _visible(element)
         conditions = list(sympy.And.make_args(seen))
         bounds = [_linear(c) for c in conditions]
         prefix = next(c for q, k, c in bounds if (q, k) == (1, -1))
@@ -47,6 +48,8 @@ def causal_mask(mask: fx.Node) -> Causal | None:
     except (Unknown, StopIteration):
         return None
     if any(window < 1 for window in windows) or not (terms or _fits(constant, mask)):
+        return None
+    if constant < 0 and _hides_by_number(element):
         return None
     return Causal(constant, terms, windows[0] if windows else 0)
 
@@ -74,6 +77,11 @@ def _visible(element: Any) -> sympy.Basic:
     if element is sympy.true or isinstance(element, (sympy.And, sympy.core.relational.Relational)):
         return element
     raise Unknown
+
+
+def _hides_by_number(element: Any) -> bool:
+    """Hidden keys get a finite number: a row without a visible key then sees all of them alike."""
+    return isinstance(element, sympy.Piecewise) and element.args[1][0] != -sympy.oo
 
 
 def _linear(condition: sympy.Basic) -> tuple[int, int, sympy.Expr]:
