@@ -19,7 +19,7 @@ from cppass.errors import CPError, CPWarning, InternalError, OptionError, Refuse
 from cppass.guard import agree_on_inputs
 from cppass.pipeline import rewrite_graph
 from cppass.ranks import ranks_of
-from cppass.report import REFUSED, REWRITTEN, Report, record
+from cppass.report import LEFT_ALONE, REFUSED, REWRITTEN, Report, record
 from cppass.target import Ranks, Target, load
 
 Compiled = Callable[..., Any]
@@ -42,7 +42,7 @@ def npu_cp(
     try:
         config = CPConfig.from_options(options, mode)
         _refuse_suppressed_errors()
-        _warn_of_recompile_limit(config)
+        _warn_of_recompile_limit()
         ranks = ranks_of(config)
         return _through_aot(gm, example_inputs, config, ranks)
     except torch_private.RESTARTS:
@@ -123,7 +123,7 @@ def _refuse_suppressed_errors() -> None:
         )
 
 
-def _warn_of_recompile_limit(config: CPConfig) -> None:
+def _warn_of_recompile_limit() -> None:
     """Past its limit Dynamo runs a function eagerly: right, but on every rank the whole of it."""
     number = torch_private.compile_number()
     limit = torch._dynamo.config.recompile_limit
@@ -133,7 +133,7 @@ def _warn_of_recompile_limit(config: CPConfig) -> None:
         f"graph {number[0]} is the last one Dynamo compiles for this function (recompile_limit={limit}): calls that "
         "fit none of its graphs will run eagerly, unsharded, on every rank"
     )
-    record(Report("left alone", reason=note, graph=number[0]))
+    record(Report(LEFT_ALONE, reason=note, graph=number[0]))
     warnings.warn(f"cppass: {note}; use dynamic=True, or raise the limit", CPWarning, stacklevel=2)
 
 

@@ -46,7 +46,7 @@ def rewrite_graph(gm: fx.GraphModule, config: CPConfig, cp_size: int) -> Report:
     plan = make_plan(graph, found.sites, reach, cp_size, config.strict)
     if plan.refusals:
         return dataclasses.replace(base, status=REFUSED, reason=plan.refusals[0].why, refusals=plan.refusals)
-    notes = mask_notes(plan.sites, plan.tokens, cp_size)
+    notes = mask_notes(plan.sites, cp_size)
     notes += tuple(f"gathered {g.node.name}: {g.why}" for g in plan.gathered if not g.expected)
     report = dataclasses.replace(base, status=REWRITTEN, gathers=describe_gathers(plan), notes=notes)
     rewritten = rewrite(graph, plan)

@@ -159,7 +159,7 @@ def _bytes(node: fx.Node) -> Size:
     return product(shape_of(node)) * node.meta["val"].dtype.itemsize
 
 
-def mask_notes(sites: tuple[AttentionSite, ...], tokens: Size, cp_size: int) -> tuple[str, ...]:
+def mask_notes(sites: tuple[AttentionSite, ...], cp_size: int) -> tuple[str, ...]:
     """What masks that are not plainly causal cost."""
     notes: dict[fx.Node, str] = {}
     for site in sites:

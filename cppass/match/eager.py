@@ -32,7 +32,6 @@ PRODUCTS: dict[Any, int] = {
     aten.baddbmm.default: 1,
     aten.mm.default: 0,
 }  # op -> position of its left operand
-SOFTMAX = {aten._softmax.default, aten._safe_softmax.default}
 CONVERSIONS = {aten._to_copy.default, torch.ops.prims.convert_element_type.default}
 
 

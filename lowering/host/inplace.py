@@ -29,10 +29,17 @@ def recover_writes(gm: fx.GraphModule) -> int:
         cache, new = copy.args[:2]
         if cache.op != "placeholder" or set(cache.users) != {new, copy} or new.target not in IN_PLACE:
             continue
-        if new.args[0] is not cache or copy.users or list(new.all_input_nodes).count(cache) != 1:
+        if new.args[0] is not cache or copy.users or _reads_itself(new, cache):
             continue
         new.target = IN_PLACE[new.target]
         gm.graph.erase_node(copy)
         count += 1
     gm.recompile()
     return count
+
+
+def _reads_itself(new: fx.Node, cache: fx.Node) -> bool:
+    """Whether the cache is also a source of its own write: in place it would read rows already written."""
+    found: list[fx.Node] = []
+    fx.map_arg((new.args[1:], new.kwargs), found.append)
+    return cache in found

@@ -22,7 +22,6 @@ from cppass.torch_private import fake_mode_of
 from lowering.host.inductor import compile_with_inductor
 from lowering.host.inplace import recover_writes
 
-canonical = torch.ops.cppass
 host = torch.ops.cppass_host
 c10d = torch.ops._c10d_functional
 
