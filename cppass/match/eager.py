@@ -225,7 +225,7 @@ def _fresh_behind(node: fx.Node) -> Fresh:
     return fresh_rows(node)
 
 
-MOVES = {aten.expand.default, aten.unsqueeze.default, aten.transpose.int, aten.permute.default, aten.slice.Tensor}
+MOVES = {aten.expand.default, aten.unsqueeze.default, aten.transpose.int, aten.permute.default}
 
 
 def _skip_to_fold(node: fx.Node) -> fx.Node:

@@ -265,7 +265,7 @@ def test_the_graph_as_it_is_passes() -> None:
 
 
 @pytest.mark.parametrize("name", SNIPPETS)
-@pytest.mark.parametrize(("tokens", "cp_size"), [(8, 2), (13, 3), (37, 4)])
+@pytest.mark.parametrize(("tokens", "cp_size"), [(8, 2), (13, 3)])
 def test_snippets_as_they_are_pass(name: str, tokens: int, cp_size: int) -> None:
     snippet = SNIPPETS[name]
     verify(*rewritten(capture(traced(snippet, tokens), snippet.inputs(tokens)), cp_size))
