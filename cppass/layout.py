@@ -1,26 +1,26 @@
-"""Zigzag layout: which rows of a sequence each rank owns. Integers, SymInts and sympy expressions; no torch.fx.
+"""Zigzag layout: which rows of each sequence a rank owns. Integers, SymInts, sympy expressions; no torch.fx.
 
-A sequence of `tokens` new tokens is padded to `2 * cp_size` equal blocks of `block_rows` rows. Rank `r` owns block `r`
-("prev") and block `2 * cp_size - 1 - r` ("next"); its local rows are the prev block followed by the next block. Early
-blocks are cheap under a causal mask and late ones dear, so every rank gets the same attention work.
+Every sequence of a step is cut into `2 * cp_size` contiguous blocks of nearly equal length (the first `length mod
+2 * cp_size` blocks have one row more). Rank `r` owns block `r` ("prev") and block `2 * cp_size - 1 - r` ("next") of
+every sequence. Its local rows are the prev blocks of all sequences, then their next blocks, then padding up to the
+number of rows that every rank has, since collectives need equal sizes. Early blocks are cheap under a causal mask and
+late ones dear, so every rank gets the same attention work.
 
-    cp_size = 2, 8 tokens                       cp_size = 2, 7 tokens (. is padding)
-    rank 0   0 1 | 6 7                          rank 0   0 1 | 6 .
-    rank 1   2 3 | 4 5                          rank 1   2 3 | 4 5
+    cp_size = 2, 8 tokens               7 tokens (. is padding)           sequences 0..3 and 4..11
+    rank 0   0 1 | 6 7                  rank 0   0 1 | 6 .                rank 0   0 4 5 | 3 10 11
+    rank 1   2 3 | 4 5                  rank 1   2 3 | 4 5                rank 1   1 6 7 | 2 8 9
     gathered 0 1 6 7 2 3 4 5  (rank-major)
-
-Padding exists only behind the last token, so restoring a sequence is reordering blocks and cutting the tail, and under
-a causal mask no token ever sees a padding row.
 
 Source: the zigzag split of SGLang PR #21685 and of ring-flash-attention; docs/how-it-works.md has the pictures.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any, Literal
 
-Size = TypeVar("Size")  # int, torch.SymInt or sympy.Expr
+Half = Literal[0, 1]  # 0 is prev, 1 is next
 
 
 def blocks(cp_size: int) -> int:
@@ -28,49 +28,130 @@ def blocks(cp_size: int) -> int:
     return 2 * cp_size
 
 
-def block_rows(tokens: Size, cp_size: int) -> Size:
-    """Rows of one block: ceil(tokens / (2 * cp_size))."""
-    total: Any = tokens
-    return (total + (2 * cp_size - 1)) // (2 * cp_size)  # type: ignore[no-any-return]
-
-
-def local_rows(tokens: Size, cp_size: int) -> Size:
-    """Rows of one rank, padding included; the same on every rank, as collectives need."""
-    rows: Any = block_rows(tokens, cp_size)
-    return 2 * rows  # type: ignore[no-any-return]
-
-
 def owned_blocks(rank: int, cp_size: int) -> tuple[int, int]:
     """The (prev, next) blocks of a rank."""
     return rank, 2 * cp_size - 1 - rank
 
 
-def block_owner(block: int, cp_size: int) -> tuple[int, int]:
-    """The (rank, half) that holds a block; half 0 is prev, 1 is next."""
+def block_owner(block: int, cp_size: int) -> tuple[int, Half]:
+    """The (rank, half) that holds a block."""
     return (block, 0) if block < cp_size else (2 * cp_size - 1 - block, 1)
 
 
-def block_span(block: int, tokens: int, cp_size: int) -> tuple[int, int]:
-    """[start, end) of the real tokens of a block; empty where the block is all padding."""
-    rows = block_rows(tokens, cp_size)
-    return min(block * rows, tokens), min((block + 1) * rows, tokens)
+@dataclasses.dataclass(frozen=True)
+class Zigzag:
+    """The layout of one step.
+
+    Attributes:
+        lengths: new tokens of each sequence: ints, or anything with integer arithmetic (SymInt, sympy, Number).
+        cp_size: number of ranks P.
+        even: 2P is known to divide every length. Then there is no padding, and symbolic sizes are simpler.
+    """
+
+    lengths: tuple[Any, ...]
+    cp_size: int
+    even: bool = False
+
+    @property
+    def tokens(self) -> Any:
+        """Rows of the step."""
+        return _total(self.lengths)
+
+    @property
+    def local_rows(self) -> Any:
+        """Rows of one rank, padding included; the same on every rank. Exact for one sequence, else an upper bound."""
+        n = blocks(self.cp_size)
+        if self.even:
+            return 2 * _total(length // n for length in self.lengths)
+        return _total((length + (n - 1)) // n + (length + (self.cp_size - 1)) // n for length in self.lengths)
+
+    def block_rows(self, sequence: int, block: int) -> Any:
+        """Rows of a block: ceil((length - block) / 2P)."""
+        n, length = blocks(self.cp_size), self.lengths[sequence]
+        return length // n if self.even else (length + (n - 1 - block)) // n
+
+    def block_start(self, sequence: int, block: int) -> Any:
+        """Where a block starts in its sequence."""
+        n, length = blocks(self.cp_size), self.lengths[sequence]
+        if self.even:
+            return length // n * block
+        if isinstance(length, int):
+            return length // n * block + min(length % n, block)
+        return _total(self.block_rows(sequence, b) for b in range(block))  # graphs have no min
+
+    def half_rows(self, rank: int, half: Half) -> list[Any]:
+        """Rows of a rank's half, per sequence: query lengths of its attention call."""
+        block = owned_blocks(rank, self.cp_size)[half]
+        return [self.block_rows(sequence, block) for sequence in range(len(self.lengths))]
+
+    def half_ends(self, rank: int, half: Half) -> list[Any]:
+        """Where a rank's half ends in each sequence: with the prefix, key/value lengths of its attention call."""
+        block = owned_blocks(rank, self.cp_size)[half]
+        return [
+            self.block_start(sequence, block) + self.block_rows(sequence, block)
+            for sequence in range(len(self.lengths))
+        ]
+
+    def real_rows(self, rank: int) -> Any:
+        """Rows of a rank that are no padding."""
+        return _total(self.half_rows(rank, 0)) + _total(self.half_rows(rank, 1))
+
+    def spans(self, rank: int) -> Iterator[tuple[Any, Any]]:
+        """(first natural row, rows) of every piece of a rank's local rows, in local order, padding not included."""
+        for block in owned_blocks(rank, self.cp_size):
+            first = 0
+            for sequence, length in enumerate(self.lengths):
+                yield first + self.block_start(sequence, block), self.block_rows(sequence, block)
+                first = first + length
+
+    def homes(self) -> Iterator[tuple[int, Any, Any]]:
+        """(rank, first local row, rows) of every block, in natural order: where a gathered row is found."""
+        n = blocks(self.cp_size)
+        firsts = [[self._first_local_row(block, s) for block in range(n)] for s in range(len(self.lengths))]
+        for sequence in range(len(self.lengths)):
+            for block in range(n):
+                rank, _ = block_owner(block, self.cp_size)
+                yield rank, firsts[sequence][block], self.block_rows(sequence, block)
+
+    def _first_local_row(self, block: int, sequence: int) -> Any:
+        rank, half = block_owner(block, self.cp_size)
+        before = _total(self.half_rows(rank, 0)) if half else 0
+        return before + _total(self.block_rows(s, block) for s in range(sequence))
+
+    # -- ints only --
+
+    def positions(self, rank: int) -> Iterator[int | None]:
+        """Natural row of every local row, None for padding."""
+        for first, rows in self.spans(rank):
+            yield from range(first, first + rows)
+        for _ in range(self.local_rows - self.real_rows(rank)):
+            yield None
+
+    def owner(self, row: int) -> tuple[int, int]:
+        """The (rank, local row) that holds a natural row."""
+        first = 0
+        for rank, local, rows in self.homes():
+            if row < first + rows:
+                return rank, local + row - first
+            first += rows
+        raise IndexError(f"row {row} of {self.tokens}")
+
+    def attention_pairs(self, rank: int, prefixes: tuple[int, ...]) -> int:
+        """(query, key) pairs a rank computes under a causal mask: its share of the attention FLOPs."""
+        pairs = 0
+        for half in (0, 1):
+            for rows, end, prefix in zip(self.half_rows(rank, half), self.half_ends(rank, half), prefixes, strict=True):
+                pairs += rows * (prefix + end) - rows * (rows - 1) // 2
+        return pairs
 
 
-def local_positions(tokens: int, cp_size: int, rank: int) -> Iterator[int | None]:
-    """Natural position of every local row of a rank, None for padding."""
-    rows = block_rows(tokens, cp_size)
-    for block in owned_blocks(rank, cp_size):
-        for position in range(block * rows, (block + 1) * rows):
-            yield position if position < tokens else None
+def zigzag(lengths: tuple[int, ...], cp_size: int) -> Zigzag:
+    """The layout of known lengths."""
+    return Zigzag(lengths, cp_size, all(length % blocks(cp_size) == 0 for length in lengths))
 
 
-def row_owner(position: int, tokens: int, cp_size: int) -> tuple[int, int]:
-    """The (rank, local row) that holds a natural position."""
-    rows = block_rows(tokens, cp_size)
-    rank, half = block_owner(position // rows, cp_size)
-    return rank, half * rows + position % rows
-
-
-def attention_pairs(tokens: int, cp_size: int, rank: int, prefix: int = 0) -> int:
-    """(query, key) pairs a rank computes under a causal mask: its share of the attention FLOPs."""
-    return sum(prefix + p + 1 for p in local_positions(tokens, cp_size, rank) if p is not None)
+def _total(sizes: Any) -> Any:
+    total: Any = 0
+    for size in sizes:
+        total = size if isinstance(total, int) and total == 0 else total + size
+    return total

@@ -4,8 +4,8 @@ A canonical op has a schema, a shape (fake) function and a meaning: a plain torc
 returns every rank's result. Targets re-implement it; `cppass.simulate` runs the meaning itself; tests compare the two.
 Running a canonical op in a process of its own is an error, since it does not know its rank.
 
-Shapes: S tokens, P ranks, c = ceil(S / 2P) rows of a block, m = 2c local rows (see cppass/layout.py). The token
-dimension has size outer * S * inner (Full) or outer * m * inner (Local).
+Shapes: S tokens (the sum of `lengths`), P ranks, m local rows (see cppass/layout.py). The token dimension has size
+outer * S * inner (Full) or outer * m * inner (Local). Every op names the layout: `lengths`, `cp_size`, `even`.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cppass import layout
 from cppass.errors import VerifyError
+from cppass.layout import Zigzag
 from cppass.torch_private import OpLibrary
 
 _library = OpLibrary("cppass")
 
 SCHEMAS = {
-    "shard": "(Tensor x, int dim, SymInt inner, SymInt tokens, int cp_size) -> Tensor",
-    "gather": "(Tensor[] xs, int[] dims, SymInt[] inners, SymInt tokens, int cp_size) -> Tensor[]",
-    "gather_rows": "(Tensor x, int dim, SymInt start, int count, SymInt tokens, int cp_size) -> Tensor",
+    "shard": "(Tensor x, int dim, SymInt inner, SymInt[] lengths, int cp_size, bool even) -> Tensor",
+    "gather": "(Tensor[] xs, int[] dims, SymInt[] inners, SymInt[] lengths, int cp_size, bool even) -> Tensor[]",
+    "gather_rows": "(Tensor x, int dim, SymInt start, int count, SymInt[] lengths, int cp_size, bool even) -> Tensor",
     "attention": (
-        "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? prefix_tensor, SymInt prefix, SymInt tokens, "
-        "int cp_size, bool causal, int window, float? scale) -> Tensor"
+        "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? prefix_tensor, SymInt prefix, SymInt[] lengths, "
+        "int cp_size, bool even, bool causal, int window, float? scale) -> Tensor"
     ),
 }
 
@@ -47,24 +47,22 @@ def merge_axis(x: Tensor, dim: int) -> Tensor:
     return x.reshape(*x.shape[:dim], x.shape[dim] * x.shape[dim + 1] * x.shape[dim + 2], *x.shape[dim + 3 :])
 
 
-def local_row_index(tokens: int, cp_size: int, rank: int, device: torch.device) -> Tensor:
-    """Natural positions of a rank's local rows [m]; padding rows repeat the last token."""
-    rows = layout.block_rows(tokens, cp_size)
-    within = torch.arange(rows, device=device)
-    prev, following = layout.owned_blocks(rank, cp_size)
-    return torch.cat([within + prev * rows, within + following * rows]).clamp_(max=tokens - 1)
+def local_row_index(layout: Zigzag, rank: int, device: torch.device) -> Tensor:
+    """Natural rows of a rank's local rows [m]; padding rows repeat the last token."""
+    last = layout.tokens - 1
+    return torch.tensor([last if p is None else p for p in layout.positions(rank)], device=device)
 
 
-def restore_rows(gathered_PmF: Tensor, tokens: int, cp_size: int) -> Tensor:
-    """Rank-major rows [P, m, F] -> natural order [S, F]."""
-    rows = layout.block_rows(tokens, cp_size)
-    halves = gathered_PmF.reshape(cp_size, 2, rows, -1)
-    return torch.cat([halves[:, 0], halves[:, 1].flip(0)]).reshape(2 * cp_size * rows, -1)[:tokens]
+def restore_index(layout: Zigzag, device: torch.device) -> Tensor:
+    """Where the natural rows [S] are among gathered, rank-major rows [P * m]."""
+    m = layout.local_rows
+    homes = [torch.arange(rank * m + first, rank * m + first + rows) for rank, first, rows in layout.homes()]
+    return torch.cat(homes).to(device)
 
 
-def causal_rows(tokens: int, cp_size: int, rank: int, prefix: int, window: int, k: Tensor) -> Tensor:
+def causal_rows(layout: Zigzag, rank: int, prefix: int, window: int, k: Tensor) -> Tensor:
     """Local rows of a causal mask over k [B, H, T, D], with a window of keys where it is not 0: bool [m, T]."""
-    last = prefix + local_row_index(tokens, cp_size, rank, k.device)[:, None]
+    last = prefix + local_row_index(layout, rank, k.device)[:, None]
     key = torch.arange(k.shape[2], device=k.device)
     return (key <= last) & (key > last - window) if window else key <= last
 
@@ -72,32 +70,37 @@ def causal_rows(tokens: int, cp_size: int, rank: int, prefix: int, window: int, 
 # -- meanings: every rank's operands in, every rank's result out ------------------------------------------------------
 
 
-def shard(xs: list[Tensor], dim: int, inner: int, tokens: int, cp_size: int) -> list[Tensor]:
+def shard(xs: list[Tensor], dim: int, inner: int, lengths: list[int], cp_size: int, even: bool) -> list[Tensor]:
     """Full [.., outer * S * inner, ..] -> this rank's rows [.., outer * m * inner, ..]."""
-    results = []
+    layout, results = Zigzag(tuple(lengths), cp_size, even), []
     for rank, x in enumerate(xs):
-        index = local_row_index(tokens, cp_size, rank, x.device)
-        results.append(merge_axis(split_axis(x, dim, tokens, inner).index_select(dim + 1, index), dim))
+        index = local_row_index(layout, rank, x.device)
+        results.append(merge_axis(split_axis(x, dim, layout.tokens, inner).index_select(dim + 1, index), dim))
     return results
 
 
-def gather(xs: list[list[Tensor]], dims: list[int], inners: list[int], tokens: int, cp_size: int) -> list[list[Tensor]]:
+def gather(
+    xs: list[list[Tensor]], dims: list[int], inners: list[int], lengths: list[int], cp_size: int, even: bool
+) -> list[list[Tensor]]:
     """Several Local values [.., outer * m * inner, ..] -> Full ones, natural order, the same bits on every rank."""
-    rows = layout.local_rows(tokens, cp_size)
-    full = []
+    layout, full = Zigzag(tuple(lengths), cp_size, even), []
+    rows = layout.local_rows
     for i, (dim, inner) in enumerate(zip(dims, inners, strict=True)):
         parts = [split_axis(x[i], dim, rows, inner).movedim(dim + 1, 0) for x in xs]
         shape = parts[0].shape[1:]
-        flat = torch.stack([p.reshape(rows, -1) for p in parts])
-        restored = restore_rows(flat, tokens, cp_size).reshape(tokens, *shape)
+        flat = torch.cat([p.reshape(rows, -1) for p in parts])
+        restored = flat[restore_index(layout, flat.device)].reshape(layout.tokens, *shape)
         full.append(merge_axis(restored.movedim(0, dim + 1), dim))
     return [full for _ in range(cp_size)]
 
 
-def gather_rows(xs: list[Tensor], dim: int, start: int, count: int, tokens: int, cp_size: int) -> list[Tensor]:
+def gather_rows(
+    xs: list[Tensor], dim: int, start: int, count: int, lengths: list[int], cp_size: int, even: bool
+) -> list[Tensor]:
     """Rows [start, start + count) of the natural order, from the ranks that own them; a negative start counts back."""
-    first = start + tokens if start < 0 else start
-    owners = [layout.row_owner(p, tokens, cp_size) for p in range(first, first + count)]
+    layout = Zigzag(tuple(lengths), cp_size, even)
+    first = start + layout.tokens if start < 0 else start
+    owners = [layout.owner(p) for p in range(first, first + count)]
     picked = torch.cat([xs[rank].narrow(dim, row, 1) for rank, row in owners], dim)
     return [picked for _ in range(cp_size)]
 
@@ -109,8 +112,9 @@ def attention(
     masks: list[Tensor | None],
     prefix_tensors: list[Tensor | None],
     prefix: int,
-    tokens: int,
+    lengths: list[int],
     cp_size: int,
+    even: bool,
     causal: bool,
     window: int,
     scale: float | None,
@@ -119,14 +123,14 @@ def attention(
 
     causal: the query at position p sees keys (prefix + p - window, prefix + p]; else the local rows' mask decides.
     """
-    results = []
+    layout, results = Zigzag(tuple(lengths), cp_size, even), []
     for rank, (q, k, v, mask) in enumerate(zip(qs, ks, vs, masks, strict=True)):
         repeats = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
         if causal:
             offset = prefix_tensors[rank]
             base = prefix + (int(offset) if offset is not None else 0)
-            mask = causal_rows(tokens, cp_size, rank, base, window, k)
+            mask = causal_rows(layout, rank, base, window, k)
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
         results.append(out.transpose(1, 2).contiguous().transpose(1, 2))
     return results
@@ -143,23 +147,27 @@ MEANINGS: dict[str, Callable[..., list[Any]]] = {
 # -- shapes ------------------------------------------------------------------------------------------------------------
 
 
-def shard_shape(x: Tensor, dim: int, inner: int, tokens: int, cp_size: int) -> Tensor:
-    outer = x.shape[dim] // (tokens * inner)
-    return x.new_empty(*x.shape[:dim], outer * layout.local_rows(tokens, cp_size) * inner, *x.shape[dim + 1 :])
+def shard_shape(x: Tensor, dim: int, inner: int, lengths: list[int], cp_size: int, even: bool) -> Tensor:
+    layout = Zigzag(tuple(lengths), cp_size, even)
+    outer = x.shape[dim] // (layout.tokens * inner)
+    return x.new_empty(*x.shape[:dim], outer * layout.local_rows * inner, *x.shape[dim + 1 :])
 
 
-def gather_shape(xs: list[Tensor], dims: list[int], inners: list[int], tokens: int, cp_size: int) -> list[Tensor]:
+def gather_shape(
+    xs: list[Tensor], dims: list[int], inners: list[int], lengths: list[int], cp_size: int, even: bool
+) -> list[Tensor]:
     """Rows first in memory, as an all-gather leaves them: [B, H, S, D] with the strides of [S, B, H, D]."""
-    full = []
-    rows = layout.local_rows(tokens, cp_size)
+    layout, full = Zigzag(tuple(lengths), cp_size, even), []
     for x, dim, inner in zip(xs, dims, inners, strict=True):
-        outer = x.shape[dim] // (rows * inner)
+        outer = x.shape[dim] // (layout.local_rows * inner)
         rest = (*x.shape[:dim], outer, inner, *x.shape[dim + 1 :])
-        full.append(merge_axis(x.new_empty(tokens, *rest).movedim(0, dim + 1), dim))
+        full.append(merge_axis(x.new_empty(layout.tokens, *rest).movedim(0, dim + 1), dim))
     return full
 
 
-def gather_rows_shape(x: Tensor, dim: int, start: int, count: int, tokens: int, cp_size: int) -> Tensor:
+def gather_rows_shape(
+    x: Tensor, dim: int, start: int, count: int, lengths: list[int], cp_size: int, even: bool
+) -> Tensor:
     return x.new_empty(*x.shape[:dim], count, *x.shape[dim + 1 :])
 
 
@@ -170,8 +178,9 @@ def attention_shape(
     mask: Tensor | None,
     prefix_tensor: Tensor | None,
     prefix: int,
-    tokens: int,
+    lengths: list[int],
     cp_size: int,
+    even: bool,
     causal: bool,
     window: int,
     scale: float | None,

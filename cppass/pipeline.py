@@ -8,7 +8,6 @@ from torch import fx
 
 from cppass.config import CPConfig
 from cppass.errors import Refusal
-from cppass.explain_node import refuse
 from cppass.match import find_sites
 from cppass.plan import make_plan
 from cppass.prepare import prepare
@@ -17,6 +16,7 @@ from cppass.rewrite import rewrite
 from cppass.rules import shape_of
 from cppass.shard import propagate
 from cppass.site import AttentionSite
+from cppass.step import Step, step_of, too_short
 from cppass.verify import verify
 
 
@@ -35,15 +35,16 @@ def rewrite_graph(gm: fx.GraphModule, config: CPConfig, cp_size: int) -> Report:
     if not found.sites and not found.refusals:
         return dataclasses.replace(base, reason="no attention in this graph")
     if found.sites:
-        reason = _too_short(found.sites, config, cp_size)
+        reason = too_short(found.sites, cp_size, config.min_tokens)
         if reason:
             return dataclasses.replace(base, reason=reason)
-    refusals = (*found.refusals, *_one_token_count(found.sites))
-    if refusals:
+    step = step_of(found.sites, cp_size) if found.sites else None
+    refusals = (*found.refusals, *([step] if isinstance(step, Refusal) else []))
+    if refusals or not isinstance(step, Step):
         return dataclasses.replace(base, status=REFUSED, reason=refusals[0].why, refusals=refusals)
 
     reach = propagate(graph, found.sites)
-    plan = make_plan(graph, found.sites, reach, cp_size, config.strict)
+    plan = make_plan(graph, found.sites, reach, step, config.strict)
     if plan.refusals:
         return dataclasses.replace(base, status=REFUSED, reason=plan.refusals[0].why, refusals=plan.refusals)
     notes = mask_notes(plan.sites, cp_size)
@@ -59,30 +60,3 @@ def rewrite_graph(gm: fx.GraphModule, config: CPConfig, cp_size: int) -> Report:
 def _tokens_text(site: AttentionSite) -> int | str:
     size = shape_of(site.query)[site.query_dim]
     return size if isinstance(size, int) else str(size)
-
-
-def _too_short(sites: tuple[AttentionSite, ...], config: CPConfig, cp_size: int) -> str:
-    """Comparing a SymInt installs the guard that keeps long and short steps in graphs of their own."""
-    least = max(2 * cp_size, config.min_tokens)
-    for site in sites:
-        tokens = site.query.meta["val"].shape[site.query_dim]
-        if bool(tokens >= least):
-            return ""
-    why = "min_tokens" if config.min_tokens > 2 * cp_size else "2 * cp_size"
-    return f"{sites[0].query.meta['val'].shape[sites[0].query_dim]} tokens, fewer than {why} = {least}"
-
-
-def _one_token_count(sites: tuple[AttentionSite, ...]) -> tuple[Refusal, ...]:
-    """All sites of a graph share one token count: cross-attention and encoders with their own are not supported."""
-    counts = {shape_of(s.query)[s.query_dim]: s for s in sites}
-    if len(counts) < 2:
-        return ()
-    (first, _), (second, other) = list(counts.items())[:2]
-    return (
-        refuse(
-            "CP105",
-            other.node,
-            f"attention over {second} query rows in a graph that also has attention over {first}",
-            "compile the two parts on their own",
-        ),
-    )

@@ -26,6 +26,7 @@ from cppass.op_rules import factors, is_matmul, row_selection, rule_of
 from cppass.rules import Transfer, is_tensor, shape_of, tensor_operands
 from cppass.shard import Propagation, numbers_rows
 from cppass.site import AttentionSite, Rewrite
+from cppass.step import Step
 from cppass.tokens import Size, State, Tokens, divide, product
 
 aten = torch.ops.aten
@@ -71,8 +72,7 @@ class CPPlan:
 
     Attributes:
         sites: the attention sites, in graph order.
-        tokens: the token count, an int or a sympy expression.
-        cp_size: number of ranks.
+        step: the sequences and their layout.
         full: how each demanded Full value is made.
         local: how each demanded Local value is made, per state.
         groups: sets of values whose rows travel in one collective; the first is named by the site.
@@ -83,8 +83,7 @@ class CPPlan:
     """
 
     sites: tuple[AttentionSite, ...]
-    tokens: Size
-    cp_size: int
+    step: Step
     full: dict[fx.Node, Full]
     local: dict[fx.Node, dict[State, Transfer | Local]]
     groups: tuple[tuple[tuple[fx.Node, Tokens], ...], ...]
@@ -94,7 +93,8 @@ class CPPlan:
     refusals: tuple[Refusal, ...]
 
     def __str__(self) -> str:
-        lines = [f"plan: {len(self.sites)} sites, {self.tokens} tokens over {self.cp_size} ranks"]
+        layout = self.step.layout
+        lines = [f"plan: {len(self.sites)} sites, {layout.tokens} tokens over {layout.cp_size} ranks"]
         for node, how in self.full.items():
             if how in (Full.GATHER, Full.ROWS):
                 lines.append(f"  {node.name}: {how.value}")
@@ -104,16 +104,16 @@ class CPPlan:
 
 
 def make_plan(
-    graph: fx.Graph, sites: tuple[AttentionSite, ...], reach: Propagation, cp_size: int, strict: bool
+    graph: fx.Graph, sites: tuple[AttentionSite, ...], reach: Propagation, step: Step, strict: bool
 ) -> CPPlan:
-    return _Planner(graph, sites, reach, cp_size, strict).plan()
+    return _Planner(graph, sites, reach, step, strict).plan()
 
 
 class _Planner:
     def __init__(
-        self, graph: fx.Graph, sites: tuple[AttentionSite, ...], reach: Propagation, cp_size: int, strict: bool
+        self, graph: fx.Graph, sites: tuple[AttentionSite, ...], reach: Propagation, step: Step, strict: bool
     ) -> None:
-        self.graph, self.sites, self.reach, self.cp_size, self.strict = graph, sites, reach, cp_size, strict
+        self.graph, self.sites, self.reach, self.step, self.strict = graph, sites, reach, step, strict
         self.order = {node: i for i, node in enumerate(graph.nodes)}
         self.zigzag = {s.node: s for s in sites if s.rewrite is Rewrite.ZIGZAG}
         self.rowwise = {n for s in sites if s.rewrite is Rewrite.ROWWISE for n in (s.node, s.scores)}
@@ -142,8 +142,7 @@ class _Planner:
                 self._decide(node)
         return CPPlan(
             self.sites,
-            self.reach.tokens,
-            self.cp_size,
+            self.step,
             {n: self.full[n] for n in self.graph.nodes if n in self.full},
             self.local,
             self.groups,
@@ -209,7 +208,9 @@ class _Planner:
         if self.reach.plain_state(node) is not None:
             return False  # cuts another dimension
         rows = row_selection(node, state)
-        if rows is None or (isinstance(self.reach.tokens, int) and rows[1] > self.reach.tokens // self.cp_size):
+        if rows is None or (
+            isinstance(self.reach.tokens, int) and rows[1] > self.reach.tokens // self.step.layout.cp_size
+        ):
             return False
         self.selections[node] = RowSelection(source, state, *rows)
         self._want_local(source, state)

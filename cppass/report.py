@@ -8,7 +8,6 @@ from collections import deque
 
 from torch import fx
 
-from cppass import layout
 from cppass.errors import Refusal
 from cppass.explain_node import op_of, source_of
 from cppass.plan import CPPlan, Full
@@ -128,7 +127,7 @@ def describe_site(site: AttentionSite) -> SiteReport:
 
 def describe_gathers(plan: CPPlan) -> tuple[GatherReport, ...]:
     """Every collective of the rewritten graph and the bytes a rank receives in it: rows * bytes of a row * (P - 1)."""
-    rows = layout.local_rows(plan.tokens, plan.cp_size)
+    rows = plan.step.layout.local_rows
     found = []
     for group in plan.groups:
         found.append(_gather(plan, tuple(n for n, _ in group), "K and V of a site", rows))
@@ -145,12 +144,12 @@ def describe_gathers(plan: CPPlan) -> tuple[GatherReport, ...]:
 def _gather(plan: CPPlan, nodes: tuple[fx.Node, ...], why: str, rows: Size) -> GatherReport:
     row: Size = 0
     for node in nodes:
-        row = row + (divide(_bytes(node), plan.tokens) or 0)
+        row = row + (divide(_bytes(node), plan.step.layout.tokens) or 0)
     return _describe(plan, nodes, why, rows, row)
 
 
 def _describe(plan: CPPlan, nodes: tuple[fx.Node, ...], why: str, rows: Size, row: Size | None) -> GatherReport:
-    received = rows * (row or 0) * (plan.cp_size - 1)
+    received = rows * (row or 0) * (plan.step.layout.cp_size - 1)
     known = received if isinstance(received, int) else None
     return GatherReport(tuple(n.name for n in nodes), why, known, str(received))
 

@@ -7,6 +7,8 @@ after:   k_full, v_full = cppass.gather([k, v])                       k, v, q co
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import operator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -16,8 +18,9 @@ import torch
 from torch import fx
 
 import cppass.ops  # noqa: F401  (defines torch.ops.cppass)
-from cppass import layout
+from cppass.arithmetic import Numbers, node_of
 from cppass.errors import Unsupported
+from cppass.layout import Zigzag
 from cppass.match.kv import VIEWS
 from cppass.plan import SIZES, CPPlan, Full, Local
 from cppass.rules import Transfer, is_tensor, iter_nodes, shape_of, tensor_operands
@@ -55,6 +58,8 @@ class _Rewriter:
         self.fake_mode = fake_mode_of(graph)
         self.sizes: dict[Size, fx.Node] = {}  # symbolic sizes by value, as new nodes
         self.local_size: dict[Size, Any] = {}
+        self.numbers = Numbers(self.emit)
+        self._zigzag: Zigzag | None = None
 
     def build(self) -> fx.Graph:
         for node in self.old.nodes:
@@ -148,7 +153,7 @@ class _Rewriter:
         values = [self.local(node, state) for node, state in group]
         dims = [state.dim for _, state in group]
         inners = [self.number(state.inner) for _, state in group]
-        args = (values, dims, inners, self.tokens(), self.plan.cp_size)
+        args = (values, dims, inners, *self.layout())
         gathered = self.emit(torch.ops.cppass.gather.default, args)
         return [self.emit(operator.getitem, (gathered, i)) for i in range(len(group))]
 
@@ -157,7 +162,7 @@ class _Rewriter:
         source = self.local(rows.source, rows.state)
         picked = self.emit(
             torch.ops.cppass.gather_rows.default,
-            (source, rows.state.dim, rows.start, rows.count, self.tokens(), self.plan.cp_size),
+            (source, rows.state.dim, rows.start, rows.count, *self.layout()),
         )
         if node.target is aten.select.int:
             return self.emit(aten.select.int, (picked, rows.state.dim, 0))
@@ -183,9 +188,7 @@ class _Rewriter:
                 return self.emit(node.target, (self._local_extent(state),), dict(node.kwargs))
             given = self.full_nodes[node] if node.op in ("placeholder", "get_attr") else self.full(node)
             inner = self.number(state.inner)
-            return self.emit(
-                torch.ops.cppass.shard.default, (given, state.dim, inner, self.tokens(), self.plan.cp_size)
-            )
+            return self.emit(torch.ops.cppass.shard.default, (given, state.dim, inner, *self.layout()))
         return self._by_way(node, how)
 
     def _by_way(self, node: fx.Node, way: Transfer) -> fx.Node:
@@ -222,7 +225,7 @@ class _Rewriter:
                     here = self.full(term)
                     prefix_tensor = here if prefix_tensor is None else self.emit(aten.add.Tensor, (prefix_tensor, here))
                 else:
-                    prefix = self._arithmetic(operator.add, self.full(term), prefix)
+                    prefix = self.numbers(self.full(term)) + prefix
         elif site.mask is not None:
             ndim = len(shape_of(site.mask))
             whole = shape_of(site.mask)[ndim - 2] == 1
@@ -236,9 +239,8 @@ class _Rewriter:
                 value,
                 mask,
                 prefix_tensor,
-                prefix,
-                self.tokens(),
-                self.plan.cp_size,
+                node_of(prefix),
+                *self.layout(),
                 site.causal is not None,
                 site.causal.window if site.causal else 0,
                 site.scale,
@@ -247,8 +249,22 @@ class _Rewriter:
 
     # -- sizes --
 
-    def tokens(self) -> int | fx.Node:
-        return self.number(self.plan.tokens)
+    def layout(self) -> tuple[list[Any], int, bool]:
+        """The arguments by which every canonical op names the layout."""
+        layout = self.zigzag()
+        return [node_of(length) for length in layout.lengths], layout.cp_size, layout.even
+
+    def zigzag(self) -> Zigzag:
+        """The layout with its lengths as ints and numbers of the new graph."""
+        if self._zigzag is None:
+            planned, ends = self.plan.step.layout, self.plan.step.ends
+            if ends:
+                given = [0, *(self.numbers(self.full(e) if isinstance(e, fx.Node) else e) for e in ends)]
+                lengths = tuple(end - start for start, end in itertools.pairwise(given))
+            else:
+                lengths = (self.numbers(self.number(planned.tokens)),)
+            self._zigzag = dataclasses.replace(planned, lengths=lengths)
+        return self._zigzag
 
     def number(self, size: Size) -> int | fx.Node:
         """A size as an int or as a node that computes it."""
@@ -271,9 +287,8 @@ class _Rewriter:
             factors = size.args if isinstance(size, sympy.Mul) else [size.base] * int(size.exp)
             result: Any = 1
             for factor in factors:
-                part = int(factor) if factor.is_Integer else self.number(factor)
-                result = self._arithmetic(operator.mul, part, result)
-            return result  # type: ignore[no-any-return]
+                result = self.numbers(int(factor) if factor.is_Integer else self.number(factor)) * result
+            return node_of(result)  # type: ignore[no-any-return]
         raise Unsupported(
             "CP302",
             f"the size {size} is not one of any input of the graph",
@@ -284,19 +299,8 @@ class _Rewriter:
         """Size of the token dimension of a Local value: outer * m * inner."""
         key = state.outer * state.inner
         if key not in self.local_size:
-            n = layout.blocks(self.plan.cp_size)
-            block = self._arithmetic(operator.floordiv, self._arithmetic(operator.add, self.tokens(), n - 1), n)
-            rows = self._arithmetic(operator.mul, block, 2)  # layout.local_rows, as nodes
-            self.local_size[key] = self._arithmetic(operator.mul, rows, self.number(key))
+            self.local_size[key] = node_of(self.zigzag().local_rows * self.numbers(self.number(key)))
         return self.local_size[key]  # type: ignore[no-any-return]
-
-    def _arithmetic(self, function: Any, a: Any, b: Any) -> Any:
-        """Integer arithmetic over ints and nodes; ints fold."""
-        if not isinstance(a, fx.Node) and not isinstance(b, fx.Node):
-            return function(a, b)
-        if (function is operator.mul and b == 1) or (function is operator.add and b == 0):
-            return a
-        return self.emit(function, (a, b))
 
 
 def _value(node: fx.Node) -> Any:

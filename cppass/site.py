@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from typing import Any
 
 from torch import fx
 
@@ -12,6 +13,7 @@ class Rewrite(enum.Enum):
     """How a site's attention is rewritten."""
 
     ZIGZAG = "two zigzag halves"  # becomes the canonical op cppass::attention
+    FUSED = "two fused-infer-attention halves"  # becomes the canonical op cppass::fused_attention
     ROWWISE = "row by row"  # keeps its own ops on local query rows (soft caps, sinks, attention weights as outputs)
 
 
@@ -47,9 +49,53 @@ class Fresh:
     form: str = ""
 
 
+Lengths = tuple[int | fx.Node, ...]  # of sequences: ints, or nodes of the graph
+
+
+@dataclasses.dataclass(frozen=True)
+class FusedAttention:
+    """What a call of Ascend's fused-infer-attention op says beside query, key, value and mask.
+
+    Attributes:
+        op: the op's overload; the halves call the same one.
+        input_layout: "TND", "BSH", "BSND" or "BNSD": the axes of query and dense key and value.
+        q_lengths, kv_lengths: query and key/value lengths as the op takes them (TND: cumulative query lengths;
+            key/value lengths cumulative too, but per sequence with a block table); a tensor node in the `air` forms;
+            None where they are the whole axis.
+        block_table: [sequences, blocks], where key and value are a paged cache.
+        sink: a logit per head that joins the softmax (learnable_sink).
+        num_heads, num_key_value_heads, scale, sparse_mode, pre_tokens, next_tokens, block_size, inner_precise: as the
+            op documents them.
+        lse: whether the log-sum-exp is asked for.
+    """
+
+    op: Any
+    input_layout: str
+    q_lengths: Lengths | fx.Node | None
+    kv_lengths: Lengths | fx.Node | None
+    block_table: fx.Node | None
+    sink: fx.Node | None
+    num_heads: int
+    num_key_value_heads: int
+    scale: float
+    sparse_mode: int
+    pre_tokens: int
+    next_tokens: int
+    block_size: int
+    inner_precise: int
+    lse: bool
+
+    @property
+    def lse_dim(self) -> int:
+        """Token dimension of the log-sum-exp: [T, N, 1], else [B, N, S, 1]."""
+        return 0 if self.input_layout == "TND" else 2
+
+
 @dataclasses.dataclass(frozen=True)
 class AttentionSite:
     """One attention with its KV write. Shapes: query [B, Hq, S, D], key [B, Hkv, T, D], value [B, Hkv, T, E].
+
+    A FUSED site has them as its input layout says.
 
     Attributes:
         form: name of the matched form.
@@ -61,6 +107,8 @@ class AttentionSite:
         causal: what the mask says where it is plainly causal.
         scale: factor on the scores; None means 1/sqrt(D).
         scores: the score matrix of a ROWWISE site.
+        fused: what a FUSED site's op says.
+        ends: where each sequence ends in the token axis; () where the token axis is one sequence.
     """
 
     form: str
@@ -76,6 +124,8 @@ class AttentionSite:
     causal: Causal | None = None
     scale: float | None = None
     scores: fx.Node | None = None
+    fused: FusedAttention | None = None
+    ends: Lengths = ()
 
     @property
     def name(self) -> str:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from cppass import layout
 from cppass.errors import VerifyError
 from cppass.explain_node import op_of
+from cppass.layout import Zigzag
 from cppass.op_rules import rule_of
 from cppass.ops import CANONICAL
 from cppass.plan import CPPlan
@@ -56,7 +56,7 @@ class _Typing:
     """States of the Local values of a rewritten graph; values that are not in it are Full."""
 
     def __init__(self, plan: CPPlan) -> None:
-        self.plan = plan
+        self.layout = plan.step.layout
         self.rows: Size = 0
         self.states: dict[fx.Node, State] = {}
 
@@ -71,8 +71,8 @@ class _Typing:
     def _state(self, node: fx.Node) -> State | None:
         name = CANONICAL.get(node.target)
         if name is not None:
-            state: State | None = getattr(self, f"_{name}")(node)
             self._same_layout(node)
+            state: State | None = getattr(self, f"_{name}")(node)
             return state
         operands = tensor_operands(node)
         given = tuple(self.states.get(x) for x in operands)
@@ -101,20 +101,21 @@ class _Typing:
     def _same_layout(self, node: fx.Node) -> None:
         """Every canonical op cuts and joins by the plan's token count and ranks."""
         names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-        tokens, cp_size = node.args[names.index("tokens")], node.args[names.index("cp_size")]
-        if _size(tokens) != self.plan.tokens or cp_size != self.plan.cp_size:
-            wanted = f"{self.plan.tokens} tokens over {self.plan.cp_size} ranks"
-            raise _illegal(node, f"lays out {_size(tokens)} tokens over {cp_size} ranks; the plan says {wanted}")
+        lengths, cp_size, even = (node.args[names.index(name)] for name in ("lengths", "cp_size", "even"))
+        seen = Zigzag(tuple(_size(n) for n in lengths), cp_size, even)  # type: ignore[arg-type, union-attr]
+        if seen != self.layout:
+            raise _illegal(node, f"lays out {_text(seen)}; the plan says {_text(self.layout)}")
 
     def _shard(self, node: fx.Node) -> State:
-        x, dim, inner, tokens, cp_size = node.args
-        assert isinstance(x, fx.Node) and isinstance(dim, int) and isinstance(cp_size, int)
+        x, dim, inner = node.args[:3]
+        assert isinstance(x, fx.Node) and isinstance(dim, int)
         if x in self.states:
             raise _illegal(node, "shards a Local value")
-        outer = divide(shape_of(x)[dim], _size(tokens) * _size(inner))
+        tokens = self.layout.tokens
+        outer = divide(shape_of(x)[dim], tokens * _size(inner))
         rows = None if outer is None else divide(shape_of(node)[dim], outer * _size(inner))
-        known = isinstance(rows, int) and isinstance(_size(tokens), int)
-        if outer is None or rows is None or (known and rows != layout.local_rows(_size(tokens), cp_size)):
+        known = isinstance(rows, int) and isinstance(tokens, int)
+        if outer is None or rows is None or (known and rows != self.layout.local_rows):
             raise _illegal(node, f"shards dim {dim} of {list(shape_of(x))}, which does not carry {tokens} tokens")
         if self.rows not in (0, rows):
             raise _illegal(node, f"has {rows} local rows where others have {self.rows}")
@@ -146,6 +147,12 @@ class _Typing:
             if self.states.get(mask) != wanted:
                 raise _illegal(node, f"has a mask that is {self.states.get(mask) or 'Full'}, not {wanted or 'Full'}")
         return Tokens(2)
+
+
+def _text(layout: Zigzag) -> str:
+    """before: Zigzag((8,), 2, True)            after: "8 tokens over 2 ranks" """
+    lengths = " + ".join(str(n) for n in layout.lengths)
+    return f"{lengths} tokens{'' if layout.even else ' (uneven)'} over {layout.cp_size} ranks"
 
 
 def _size(value: object) -> Size:

@@ -1,15 +1,15 @@
 """Attention of one rank's zigzag rows over whole keys and values, on the CPU flash kernel.
 
-Shape suffixes: B batch, H query heads, G key/value heads, R = H // G query heads per key/value head, S local rows (2c),
+Shape suffixes: B batch, H query heads, G key/value heads, R = H // G query heads per key/value head, S local rows,
 M rows of one piece, T keys, D query/key head size, E value head size, N a mask dim of size 1 or full.
 
-Layout ("zigzag"): P ranks, ``c = ceil(tokens / 2P)`` rows per block, rank r owns blocks r and 2P-1-r::
+Layout ("zigzag", cppass/layout.py): P ranks, one sequence cut into 2P blocks, rank r owns blocks r and 2P-1-r::
 
-    tokens = 15, P = 2, c = 4       block     0          1          2           3
-                                    position  0 1 2 3    4 5 6 7    8 9 10 11   12 13 14 pad
-                                    rank      0          1          1           0
+    15 tokens, P = 2                block     0          1          2           3
+                                    position  0 1 2 3    4 5 6 7    8 9 10 11   12 13 14
+                                    rank      0          1          1           0          (one row of padding)
 
-Under a causal mask row p costs p keys, so every rank's two blocks cost the same: ``c * (2P-1) * c`` past keys in all.
+Under a causal mask row p costs p keys, so every rank's two blocks cost the same.
 """
 
 from collections.abc import Iterator
@@ -17,6 +17,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from cppass.layout import Zigzag
 
 __all__ = ["zigzag_attention"]
 
@@ -33,8 +35,7 @@ def zigzag_attention(
     *,
     mask: Tensor | None = None,
     prefix: int,
-    tokens: int,
-    cp_size: int,
+    layout: Zigzag,
     rank: int,
     causal: bool,
     window: int = 0,
@@ -49,12 +50,12 @@ def zigzag_attention(
                  out_BHME = lerp(own, past, sigmoid(past_lse - own_lse))
 
     Args:
-        q_BHSD: local rows, S = 2 * ceil(tokens / (2 * cp_size)): block ``rank``, then block ``2 * cp_size - 1 - rank``.
+        q_BHSD: local rows: block ``rank``, then block ``2P - 1 - rank``, then padding.
         k_BGTD, v_BGTE: all keys and values in natural order, the ``prefix`` cached ones first; H % G == 0.
         mask: only with ``causal=False``; for the local rows, bool (True = visible) or additive float, broadcastable to
             [B, H, S, T]. None shows every row all T keys.
         prefix: keys before the first new token.
-        tokens: new tokens of the sequence; rows at a position >= tokens are padding and come out as zeros.
+        layout: of one sequence of new tokens; padding rows come out as zeros.
         causal: the row at position p sees keys up to ``prefix + p``. T may exceed ``prefix + tokens`` (static cache):
             the surplus is never read.
         window: with ``causal``, keys a row sees, its own included; 0 means no limit.
@@ -69,7 +70,8 @@ def zigzag_attention(
     Raises:
         ValueError: shapes, dtypes or numbers that do not fit; the message says what was seen and what is expected.
     """
-    _check(q_BHSD, k_BGTD, v_BGTE, prefix, tokens, cp_size, rank)
+    tokens = layout.tokens
+    _check(q_BHSD, k_BGTD, v_BGTE, prefix, layout, rank)
     _check_visibility(mask, (*q_BHSD.shape[:3], k_BGTD.shape[2]), prefix + tokens, causal, window)
 
     B, H, S, D = q_BHSD.shape
@@ -86,14 +88,13 @@ def zigzag_attention(
     mask_NNNN = None if mask is None else _narrow(mask)
     whole = mask_NNNN is not None and mask_NNNN.shape[2] == 1  # one mask row for all: nothing to gain from small pieces
 
-    c = S // 2
+    local = 0  # this block's first local row
     with torch.no_grad():
-        for half, block in enumerate((rank, 2 * cp_size - 1 - rank)):
-            real = min(c, tokens - block * c)
-            limited = (mask is not None and not whole) or 0 < window < prefix + block * c + real
+        for position, real in layout.spans(rank):
+            limited = (mask is not None and not whole) or 0 < window < prefix + position + real
             for first, last in _pieces(real, _MASKED_ROWS if limited else _CAUSAL_ROWS):
-                rows = slice(half * c + first, half * c + last)
-                start = prefix + block * c + first  # this piece's first position among the keys
+                rows = slice(local + first, local + last)
+                start = prefix + position + first  # this piece's first position among the keys
                 if not causal:
                     mask_rows = mask_NNNN if mask_NNNN is None or whole else mask_NNNN[:, :, rows]
                     out = _visible(q[:, :, rows], k, v, mask_rows, scale)
@@ -102,6 +103,7 @@ def zigzag_attention(
                 else:
                     out = _causal(q[:, :, rows], k, v, start, scale)
                 out_BHSE[:, :, rows] = out[..., :E]
+            local += real
     return out_BHSE
 
 
@@ -199,7 +201,8 @@ def _pieces(count: int, size: int) -> Iterator[tuple[int, int]]:
             yield first, min(first + step, count)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, prefix: int, tokens: int, cp_size: int, rank: int) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, prefix: int, layout: Zigzag, rank: int) -> None:
+    cp_size, tokens = layout.cp_size, layout.tokens
     if cp_size < 1 or not 0 <= rank < cp_size:
         raise ValueError(f"saw rank={rank}, cp_size={cp_size}; expected cp_size >= 1 and 0 <= rank < cp_size")
     if tokens < 1 or prefix < 0:
@@ -213,7 +216,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, prefix: int, tokens: int, cp_size: i
         raise ValueError(f"{seen}; expected q [B, H, S, D], k [B, G, T, D], v [B, G, T, E] with equal B, G, T, D")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
         raise ValueError(f"{seen}; expected the {q.shape[1]} query heads to be a multiple of {k.shape[1]} key heads")
-    local = 2 * -(-tokens // (2 * cp_size))
+    local = layout.local_rows
     if q.shape[2] != local:
         raise ValueError(f"{seen}; expected {local} local rows in q for {tokens} tokens on {cp_size} ranks")
 

@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cppass import layout
+from cppass.layout import Zigzag
 from cppass.ops import (
     attention_shape,
     causal_rows,
     gather_shape,
-    local_row_index,
     merge_axis,
     shard_shape,
     split_axis,
@@ -33,66 +32,69 @@ from lowering.host.attention import zigzag_attention
 _library = OpLibrary("cppass_host")
 
 
-def shard(x: Tensor, dim: int, inner: int, tokens: int, cp_size: int, rank: int) -> Tensor:
-    """[.., outer * S * inner, ..] -> [.., outer * m * inner, ..]: blocks `rank` and `2P - 1 - rank`."""
-    rows = layout.block_rows(tokens, cp_size)
-    spread = split_axis(x, dim, tokens, inner)
-    if rows * 2 * cp_size == tokens:
-        blocks = [spread.narrow(dim + 1, b * rows, rows) for b in layout.owned_blocks(rank, cp_size)]
-        return merge_axis(torch.cat(blocks, dim + 1), dim).contiguous()
-    index = local_row_index(tokens, cp_size, rank, x.device)
-    return merge_axis(spread.index_select(dim + 1, index), dim).contiguous()
+def shard(x: Tensor, dim: int, inner: int, lengths: list[int], cp_size: int, even: bool, rank: int) -> Tensor:
+    """[.., outer * S * inner, ..] -> [.., outer * m * inner, ..]: the rank's spans, the last token in padding rows."""
+    layout = Zigzag(tuple(lengths), cp_size, even)
+    spread = split_axis(x, dim, layout.tokens, inner)
+    pieces = [spread.narrow(dim + 1, first, rows) for first, rows in layout.spans(rank) if rows]
+    padding = layout.local_rows - layout.real_rows(rank)
+    pieces += [spread.narrow(dim + 1, layout.tokens - 1, 1)] * padding
+    return merge_axis(torch.cat(pieces, dim + 1), dim).contiguous()
 
 
-def _shard_shape(x: Tensor, dim: int, inner: int, tokens: int, cp_size: int, rank: int) -> Tensor:
-    return shard_shape(x, dim, inner, tokens, cp_size)
+def _shard_shape(x: Tensor, dim: int, inner: int, lengths: list[int], cp_size: int, even: bool, rank: int) -> Tensor:
+    return shard_shape(x, dim, inner, lengths, cp_size, even)
 
 
-def pack(xs: list[Tensor], dims: list[int], inners: list[int], tokens: int, cp_size: int) -> Tensor:
+def pack(xs: list[Tensor], dims: list[int], inners: list[int], lengths: list[int], cp_size: int, even: bool) -> Tensor:
     """Local values, one after the other, each with its local rows first: [sum of sizes]."""
-    rows = layout.local_rows(tokens, cp_size)
+    rows = Zigzag(tuple(lengths), cp_size, even).local_rows
     parts = [split_axis(x, d, rows, i).movedim(d + 1, 0).reshape(-1) for x, d, i in zip(xs, dims, inners, strict=True)]
     return torch.cat(parts)
 
 
-def _pack_shape(xs: list[Tensor], dims: list[int], inners: list[int], tokens: int, cp_size: int) -> Tensor:
+def _pack_shape(
+    xs: list[Tensor], dims: list[int], inners: list[int], lengths: list[int], cp_size: int, even: bool
+) -> Tensor:
     return xs[0].new_empty(sum(x.numel() for x in xs))
 
 
 def unpack(
-    gathered: Tensor, xs: list[Tensor], dims: list[int], inners: list[int], tokens: int, cp_size: int
+    gathered: Tensor, xs: list[Tensor], dims: list[int], inners: list[int], lengths: list[int], cp_size: int, even: bool
 ) -> list[Tensor]:
     """The gathered buffers [P * sum of sizes] -> Full values in natural order; one copy each.
 
     Args:
         xs: the Local values that were packed (their shapes are used, not their values).
     """
-    block = layout.block_rows(tokens, cp_size)
+    layout = Zigzag(tuple(lengths), cp_size, even)
+    tokens, m = layout.tokens, layout.local_rows
     by_rank = gathered.view(cp_size, -1)
     start, full = 0, []
     for x, dim, inner in zip(xs, dims, inners, strict=True):
-        part = by_rank.narrow(1, start, x.numel()).view(cp_size, 2, block, -1)
+        part = by_rank.narrow(1, start, x.numel()).view(cp_size, m, -1)
         start += x.numel()
-        natural = part.new_empty(layout.blocks(cp_size), block, part.shape[3])
-        for number in range(layout.blocks(cp_size)):
-            rank, half = layout.block_owner(number, cp_size)
-            natural[number].copy_(part[rank, half])
-        rest = (*x.shape[:dim], x.shape[dim] // (2 * block * inner), inner, *x.shape[dim + 1 :])
-        rows = natural.view(2 * cp_size * block, -1)[:tokens].view(tokens, *rest)
-        full.append(merge_axis(rows.movedim(0, dim + 1), dim))
+        natural = part.new_empty(tokens, part.shape[2])
+        row = 0
+        for rank, first, rows in layout.homes():
+            natural[row : row + rows].copy_(part[rank, first : first + rows])
+            row += rows
+        rest = (*x.shape[:dim], x.shape[dim] // (m * inner), inner, *x.shape[dim + 1 :])
+        full.append(merge_axis(natural.view(tokens, *rest).movedim(0, dim + 1), dim))
     return full
 
 
 def _unpack_shape(
-    gathered: Tensor, xs: list[Tensor], dims: list[int], inners: list[int], tokens: int, cp_size: int
+    gathered: Tensor, xs: list[Tensor], dims: list[int], inners: list[int], lengths: list[int], cp_size: int, even: bool
 ) -> list[Tensor]:
-    return gather_shape(xs, dims, inners, tokens, cp_size)
+    return gather_shape(xs, dims, inners, lengths, cp_size, even)
 
 
-def pick_rows(x: Tensor, dim: int, start: int, count: int, tokens: int, cp_size: int, rank: int) -> Tensor:
+def pick_rows(
+    x: Tensor, dim: int, start: int, count: int, lengths: list[int], cp_size: int, even: bool, rank: int
+) -> Tensor:
     """Rows [start, start + count) of the natural order that this rank owns, zeros for the others: [count * row]."""
-    first = start + tokens if start < 0 else start
-    owners = [layout.row_owner(p, tokens, cp_size) for p in range(first, first + count)]
+    owners = _owners(start, count, Zigzag(tuple(lengths), cp_size, even))
     picked = x.new_zeros(*x.shape[:dim], count, *x.shape[dim + 1 :])
     for i, (owner, row) in enumerate(owners):
         if owner == rank:
@@ -100,20 +102,29 @@ def pick_rows(x: Tensor, dim: int, start: int, count: int, tokens: int, cp_size:
     return picked.view(-1)
 
 
-def _pick_rows_shape(x: Tensor, dim: int, start: int, count: int, tokens: int, cp_size: int, rank: int) -> Tensor:
+def _pick_rows_shape(
+    x: Tensor, dim: int, start: int, count: int, lengths: list[int], cp_size: int, even: bool, rank: int
+) -> Tensor:
     return x.new_empty(x.numel() // x.shape[dim] * count)
 
 
-def place_rows(gathered: Tensor, x: Tensor, dim: int, start: int, count: int, tokens: int, cp_size: int) -> Tensor:
+def place_rows(
+    gathered: Tensor, x: Tensor, dim: int, start: int, count: int, lengths: list[int], cp_size: int, even: bool
+) -> Tensor:
     """The gathered picks [P * count * row] -> the rows, each from its owner. `x` gives the shape."""
-    first = start + tokens if start < 0 else start
     by_rank = gathered.view(cp_size, *x.shape[:dim], count, *x.shape[dim + 1 :])
-    owners = [layout.row_owner(p, tokens, cp_size)[0] for p in range(first, first + count)]
-    return torch.stack([by_rank[owner].select(dim, i) for i, owner in enumerate(owners)], dim)
+    owners = _owners(start, count, Zigzag(tuple(lengths), cp_size, even))
+    return torch.stack([by_rank[owner].select(dim, i) for i, (owner, _) in enumerate(owners)], dim)
+
+
+def _owners(start: int, count: int, layout: Zigzag) -> list[tuple[int, int]]:
+    """(rank, local row) of natural rows [start, start + count); a negative start counts from the last token."""
+    first = start + layout.tokens if start < 0 else start
+    return [layout.owner(row) for row in range(first, first + count)]
 
 
 def _place_rows_shape(
-    gathered: Tensor, x: Tensor, dim: int, start: int, count: int, tokens: int, cp_size: int
+    gathered: Tensor, x: Tensor, dim: int, start: int, count: int, lengths: list[int], cp_size: int, even: bool
 ) -> Tensor:
     return x.new_empty(*x.shape[:dim], count, *x.shape[dim + 1 :])
 
@@ -125,8 +136,9 @@ def attention(
     mask: Tensor | None,
     prefix_tensor: Tensor | None,
     prefix: int,
-    tokens: int,
+    lengths: list[int],
     cp_size: int,
+    even: bool,
     causal: bool,
     window: int,
     scale: float | None,
@@ -135,9 +147,10 @@ def attention(
     """One rank's zigzag halves [B, Hq, m, D]; a prefix in a tensor is read here (host memory, no device sync)."""
     if prefix_tensor is not None:
         prefix += int(prefix_tensor)
-    if causal and not 0 <= prefix <= k.shape[2] - tokens:
+    layout = Zigzag(tuple(lengths), cp_size, even)
+    if causal and not 0 <= prefix <= k.shape[2] - layout.tokens:
         # rows that see no key, or all of them and more: unusual, so by a mask of the local rows
-        mask, causal = causal_rows(tokens, cp_size, rank, prefix, window, k), False
+        mask, causal = causal_rows(layout, rank, prefix, window, k), False
         prefix = window = 0
     return zigzag_attention(
         q,
@@ -145,8 +158,7 @@ def attention(
         v,
         mask=mask,
         prefix=prefix,
-        tokens=tokens,
-        cp_size=cp_size,
+        layout=layout,
         rank=rank,
         causal=causal,
         window=window,
@@ -158,9 +170,9 @@ def _attention_shape(*args: Any) -> Tensor:
     return attention_shape(*args[:-1])
 
 
-_ROWS = "int dim, SymInt inner, SymInt tokens, int cp_size"
-_MANY = "int[] dims, SymInt[] inners, SymInt tokens, int cp_size"
-_FEW = "int dim, SymInt start, int count, SymInt tokens, int cp_size"
+_ROWS = "int dim, SymInt inner, SymInt[] lengths, int cp_size, bool even"
+_MANY = "int[] dims, SymInt[] inners, SymInt[] lengths, int cp_size, bool even"
+_FEW = "int dim, SymInt start, int count, SymInt[] lengths, int cp_size, bool even"
 OPS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
     "shard": (f"(Tensor x, {_ROWS}, int rank) -> Tensor", shard, _shard_shape),
     "pack": (f"(Tensor[] xs, {_MANY}) -> Tensor", pack, _pack_shape),
@@ -168,8 +180,8 @@ OPS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
     "pick_rows": (f"(Tensor x, {_FEW}, int rank) -> Tensor", pick_rows, _pick_rows_shape),
     "place_rows": (f"(Tensor gathered, Tensor x, {_FEW}) -> Tensor", place_rows, _place_rows_shape),
     "attention": (
-        "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? prefix_tensor, SymInt prefix, SymInt tokens, "
-        "int cp_size, bool causal, int window, float? scale, int rank) -> Tensor",
+        "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? prefix_tensor, SymInt prefix, SymInt[] lengths, "
+        "int cp_size, bool even, bool causal, int window, float? scale, int rank) -> Tensor",
         attention,
         _attention_shape,
     ),

@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from cppass import layout
+from cppass.layout import zigzag
 from cppass.match.kv import VIEWS
 from cppass.op_rules import RULES, rule_of
 from cppass.ops import MEANINGS
@@ -75,7 +75,8 @@ def cut(x: Tensor, state: Tokens | None, cp_size: int) -> list[Tensor]:
     """Every rank's part of a value in a state; None is the whole value."""
     if state is None:
         return [x] * cp_size
-    return MEANINGS["shard"]([x] * cp_size, state.dim, int(state.inner), TOKENS, cp_size)
+    even = zigzag((TOKENS,), cp_size).even
+    return MEANINGS["shard"]([x] * cp_size, state.dim, int(state.inner), [TOKENS], cp_size, even)
 
 
 def same(a: list[Tensor], b: list[Tensor], values: bool) -> bool:
@@ -110,7 +111,7 @@ def local_sizes(call: Call, size_arg: int, out: Tokens, cp_size: int) -> list[in
     """An explicit size list with the local size in the token axis, as cppass/rewrite.py writes it."""
     sizes = list(call.node.args[size_arg])  # type: ignore[arg-type]
     if sizes[out.dim] != -1:
-        sizes[out.dim] = out.outer * layout.local_rows(TOKENS, cp_size) * out.inner
+        sizes[out.dim] = out.outer * zigzag((TOKENS,), cp_size).local_rows * out.inner
     return sizes
 
 

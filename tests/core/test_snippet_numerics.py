@@ -51,8 +51,9 @@ def check(snippet: Snippet, tokens: int, cp_size: int, lower: bool) -> None:
     ranks = simulated(traced_once(snippet, tokens), inputs, cp_size, lower=lower)
     for seen, after in ranks:
         torch.testing.assert_close(seen, outputs, rtol=snippet.tolerance, atol=snippet.tolerance)
-        assert all(torch.equal(x, y) for x, y in zip(after, written, strict=True))
-        assert all(torch.equal(x, y) for x, y in zip(seen, ranks[0][0], strict=True))  # every rank, every bit
+        torch.testing.assert_close(after, written, rtol=snippet.tolerance, atol=snippet.tolerance)
+        own, first = [*seen, *after], [*ranks[0][0], *ranks[0][1]]
+        assert all(torch.equal(x, y) for x, y in zip(own, first, strict=True))  # every rank, every bit
     touched = tuple(i for i, (x, y) in enumerate(zip(inputs, written, strict=True)) if not torch.equal(x, y))
     assert touched == snippet.written
 

@@ -25,6 +25,7 @@ from cppass.plan import CPPlan, make_plan
 from cppass.prepare import prepare
 from cppass.rewrite import rewrite
 from cppass.shard import propagate
+from cppass.step import Step, step_of
 from cppass.torch_private import fake_mode_of
 from cppass.verify import verify
 
@@ -37,12 +38,16 @@ def rewritten(gm: fx.GraphModule, cp_size: int = 2) -> tuple[fx.Graph, CPPlan]:
     """The pipeline without its last step."""
     graph = prepare(gm)
     sites = find_sites(graph).sites
-    plan = make_plan(graph, sites, propagate(graph, sites), cp_size, False)
+    step = step_of(sites, cp_size)
+    assert isinstance(step, Step)
+    plan = make_plan(graph, sites, propagate(graph, sites), step, False)
     assert not plan.refusals
     return rewrite(graph, plan), plan
 
 
 # -- editing -----------------------------------------------------------------------------------------------------------
+
+LAYOUT = ([TOKENS], 2, True)  # as canonical ops name it
 
 
 class Graph:
@@ -72,7 +77,7 @@ class Graph:
         return node
 
     def gathered(self, before: fx.Node, local: fx.Node, dim: int, inner: int = 1) -> fx.Node:
-        made = self.make(before, canonical.gather.default, [local], [dim], [inner], TOKENS, 2)
+        made = self.make(before, canonical.gather.default, [local], [dim], [inner], *LAYOUT)
         return self.make(before, operator.getitem, made, 0)
 
     def set_arg(self, node: fx.Node, position: int, value: Any) -> None:
@@ -134,13 +139,13 @@ def shard_the_batch(g: Graph) -> None:
 def shard_for_more_ranks(g: Graph) -> None:
     """Another number of local rows than everywhere else."""
     shard = g.of(canonical.shard.default, 1)
-    made = g.make(shard, canonical.shard.default, *shard.args[:4], 4)
+    made = g.make(shard, canonical.shard.default, *shard.args[:4], 4, *shard.args[5:])
     shard.replace_all_uses_with(made)
 
 
 def shard_twice(g: Graph) -> None:
     shard = g.of(canonical.shard.default)
-    made = g.make(shard.next, canonical.shard.default, shard, 1, 1, TOKENS // 2, 2)
+    made = g.make(shard.next, canonical.shard.default, shard, 1, 1, *LAYOUT)
     shard.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made)
 
 
@@ -238,7 +243,7 @@ MUTATIONS: dict[str, tuple[Mutate, str, str]] = {
         (bypass_the_shard_of_positions, "CP403", "mixes rows"),
         (bypass_every_shard, "CP403", "Full"),
         (shard_the_batch, "CP403", "does not carry 16 tokens"),
-        (shard_for_more_ranks, "CP403", "local rows where others have"),
+        (shard_for_more_ranks, "CP403", "over 4 ranks; the plan says"),
         (shard_twice, "CP403", "shards a Local value"),
         (return_a_local_value, "CP403", "where the whole value is meant"),
         (return_local_keys, "CP403", "where the whole value is meant"),
@@ -307,7 +312,7 @@ def test_a_whole_mask_where_local_rows_are_meant() -> None:
 def test_a_mask_cut_along_its_keys() -> None:
     g, plan = with_mask(TOKENS, TOKENS)
     node = attention(g)
-    g.set_arg(node, 3, g.make(node, canonical.shard.default, node.args[3].args[0], 1, 1, TOKENS, 2))  # type: ignore[union-attr]
+    g.set_arg(node, 3, g.make(node, canonical.shard.default, node.args[3].args[0], 1, 1, *LAYOUT))  # type: ignore[union-attr]
     with pytest.raises(VerifyError, match=r"has a mask that is Local\(dim 1 = tokens\), not Local\(dim 0"):
         verify(g.graph, plan)
 
@@ -315,7 +320,7 @@ def test_a_mask_cut_along_its_keys() -> None:
 def test_local_keys_of_a_mask_that_all_rows_share() -> None:
     g, plan = with_mask(1, 1, 1, TOKENS)
     node = attention(g)
-    g.set_arg(node, 3, g.make(node, canonical.shard.default, node.args[3], 3, 1, TOKENS, 2))
+    g.set_arg(node, 3, g.make(node, canonical.shard.default, node.args[3], 3, 1, *LAYOUT))
     with pytest.raises(VerifyError, match=r"has a mask that is Local\(dim 3 = tokens\), not Full"):
         verify(g.graph, plan)
 
@@ -323,19 +328,23 @@ def test_local_keys_of_a_mask_that_all_rows_share() -> None:
 # -- numbers that must agree -------------------------------------------------------------------------------------------
 
 NUMBERS = {
-    "gather: tokens": (canonical.gather.default, 3, TOKENS - 1),
+    "gather: tokens": (canonical.gather.default, 3, [TOKENS - 1]),
     "gather: ranks": (canonical.gather.default, 4, 4),
-    "gather_rows: tokens": (canonical.gather_rows.default, 4, TOKENS - 1),
+    "gather: even": (canonical.gather.default, 5, False),
+    "gather_rows: tokens": (canonical.gather_rows.default, 4, [TOKENS - 1]),
     "gather_rows: ranks": (canonical.gather_rows.default, 5, 4),
-    "attention: tokens": (canonical.attention.default, 6, TOKENS - 1),
+    "gather_rows: even": (canonical.gather_rows.default, 6, False),
+    "attention: tokens": (canonical.attention.default, 6, [TOKENS - 1]),
     "attention: ranks": (canonical.attention.default, 7, 4),
-    "shard: tokens": (canonical.shard.default, 3, TOKENS // 2),
+    "attention: even": (canonical.attention.default, 8, False),
+    "shard: tokens": (canonical.shard.default, 3, [TOKENS // 2]),
     "shard: ranks": (canonical.shard.default, 4, 4),
+    "shard: even": (canonical.shard.default, 5, False),
 }
 
 
 @pytest.mark.parametrize(("op", "position", "value"), NUMBERS.values(), ids=NUMBERS.keys())
-def test_every_op_has_the_tokens_and_ranks_of_the_plan(op: Any, position: int, value: int) -> None:
+def test_every_op_has_the_tokens_and_ranks_of_the_plan(op: Any, position: int, value: Any) -> None:
     """One layout in a graph: an op that cuts or joins by another one gives wrong rows."""
     graph, plan = rewritten(decoder(TOKENS))
     g = Graph(graph)
@@ -348,10 +357,10 @@ def test_every_op_has_the_tokens_and_ranks_of_the_plan(op: Any, position: int, v
 
 x = rand(1, 2, 8, 4)
 CALLS: dict[str, Callable[[], Any]] = {
-    "shard": lambda: canonical.shard(x, 2, 1, 8, 2),
-    "gather": lambda: canonical.gather([x], [2], [1], 16, 2),
-    "gather_rows": lambda: canonical.gather_rows(x, 2, -1, 1, 16, 2),
-    "attention": lambda: canonical.attention(x, x, x, None, None, 0, 16, 2, True, 0, None),
+    "shard": lambda: canonical.shard(x, 2, 1, [8], 2, True),
+    "gather": lambda: canonical.gather([x], [2], [1], [16], 2, True),
+    "gather_rows": lambda: canonical.gather_rows(x, 2, -1, 1, [16], 2, True),
+    "attention": lambda: canonical.attention(x, x, x, None, None, 0, [16], 2, True, True, 0, None),
 }
 
 

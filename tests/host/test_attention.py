@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cppass.layout import zigzag
 from lowering.host import attention
 from lowering.host.attention import zigzag_attention
 
@@ -28,12 +29,8 @@ def one_thread() -> Iterator[None]:
 
 
 def positions(tokens: int, cp_size: int, rank: int) -> Tensor:
-    """Natural position of each local row; padding rows are at ``tokens`` or beyond.
-
-    tokens=5, cp_size=2 (c=2): rank 0 -> [0, 1, 6, 7], rank 1 -> [2, 3, 4, 5]
-    """
-    c = -(-tokens // (2 * cp_size))
-    return torch.cat([torch.arange(c) + rank * c, torch.arange(c) + (2 * cp_size - 1 - rank) * c])
+    """Natural position of each local row; padding rows are at ``tokens``."""
+    return torch.tensor([tokens if p is None else p for p in zigzag((tokens,), cp_size).positions(rank)])
 
 
 def visibility(row_S: Tensor, keys: int, prefix: int, window: int = 0) -> Tensor:
@@ -76,7 +73,7 @@ def check_causal(
     q, k, v = inputs(len(row_S), used + surplus, **shape)  # type: ignore[arg-type]
     k[:, :, used:] = v[:, :, used:] = torch.nan
     out = zigzag_attention(
-        q, k, v, prefix=prefix, tokens=tokens, cp_size=cp_size, rank=rank, causal=True, window=window
+        q, k, v, prefix=prefix, layout=zigzag((tokens,), cp_size), rank=rank, causal=True, window=window
     )
     assert out.dtype is q.dtype
     assert out.transpose(1, 2).is_contiguous()
@@ -150,7 +147,7 @@ def test_masks(shape: tuple[int | str, ...] | None, kind: torch.dtype) -> None:
             generator = torch.Generator().manual_seed(tokens)
             mask = torch.randn([sizes.get(n, n) for n in shape], generator=generator)  # type: ignore[misc]
             mask = mask > -0.5 if kind is torch.bool else mask.masked_fill(mask < -0.5, -torch.inf).to(kind)
-        out = zigzag_attention(q, k, v, mask=mask, prefix=0, tokens=tokens, cp_size=cp_size, rank=rank, causal=False)
+        out = zigzag_attention(q, k, v, mask=mask, prefix=0, layout=zigzag((tokens,), cp_size), rank=rank, causal=False)
         want = reference(q, k, v, torch.ones(1, dtype=torch.bool) if mask is None else mask)
         real = row_S < tokens
         torch.testing.assert_close(out[:, :, real].double(), want[:, :, real], rtol=1e-5, atol=1e-5)
@@ -162,7 +159,7 @@ def test_a_causal_mask_says_the_same_as_causal() -> None:
     for cp_size, rank in RANKS:
         row_S = positions(37, cp_size, rank)
         q, k, v = inputs(len(row_S), 60)
-        where = {"prefix": 7, "tokens": 37, "cp_size": cp_size, "rank": rank}
+        where = {"prefix": 7, "layout": zigzag((37,), cp_size), "rank": rank}
         want = zigzag_attention(q, k, v, causal=True, **where)
         seen_ST = visibility(row_S, 60, 7)
         for mask in (seen_ST, seen_ST[None, None].expand(1, 4, -1, -1), torch.where(seen_ST, 0.0, -1e9)):
@@ -177,7 +174,7 @@ def test_keys_no_row_sees_may_hold_anything() -> None:
     mask[:, 5:20] = True
     want = reference(q, k, v, mask)
     k[:, :, 20:] = v[:, :, 20:] = k[:, :, :5] = v[:, :, :5] = torch.nan
-    out = zigzag_attention(q, k, v, mask=mask, prefix=0, tokens=16, cp_size=1, rank=0, causal=False)
+    out = zigzag_attention(q, k, v, mask=mask, prefix=0, layout=zigzag((16,), 1), rank=0, causal=False)
     torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-5)
 
 
@@ -190,20 +187,20 @@ def test_any_memory_layout(stored: str) -> None:
     else:
         a, b = (1, 2) if stored == "BSHD" else (2, 3)
         q, k, v = (x.transpose(a, b).contiguous().transpose(a, b) for x in (q, k, v))
-    out = zigzag_attention(q, k, v, prefix=0, tokens=16, cp_size=1, rank=0, causal=True)
+    out = zigzag_attention(q, k, v, prefix=0, layout=zigzag((16,), 1), rank=0, causal=True)
     want = reference(q, k, v, visibility(torch.arange(16), 16, 0))
     torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-5)
 
 
 def test_scale() -> None:
     q, k, v = inputs(16, 16, E=11)
-    out = zigzag_attention(q, k, v, prefix=0, tokens=16, cp_size=1, rank=0, causal=True, scale=0.7)
+    out = zigzag_attention(q, k, v, prefix=0, layout=zigzag((16,), 1), rank=0, causal=True, scale=0.7)
     want = reference(q, k, v, visibility(torch.arange(16), 16, 0), scale=0.7)
     torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-5)
 
 
 def test_nothing_to_attend_to() -> None:
-    where = {"prefix": 0, "tokens": 4, "cp_size": 1, "rank": 0, "causal": False}
+    where = {"prefix": 0, "layout": zigzag((4,), 1), "rank": 0, "causal": False}
     q, k, v = inputs(4, 0)
     out = zigzag_attention(q, k, v, **where)  # type: ignore[arg-type]
     assert out.shape == (1, 4, 4, 8)
@@ -213,7 +210,7 @@ def test_nothing_to_attend_to() -> None:
 
 def test_large_scores_do_not_overflow_the_merge() -> None:
     q, k, v = inputs(32, 64)
-    out = zigzag_attention(q * 300, k * 300, v, prefix=0, tokens=64, cp_size=2, rank=1, causal=True)
+    out = zigzag_attention(q * 300, k * 300, v, prefix=0, layout=zigzag((64,), 2), rank=1, causal=True)
     want = reference(q * 300, k * 300, v, visibility(positions(64, 2, 1), 64, 0))
     torch.testing.assert_close(out.double(), want, rtol=1e-3, atol=1e-3)
 
@@ -223,43 +220,43 @@ def test_negative_control(wrong: str) -> None:
     """The tolerance tells a wrong layout from rounding: each of these is off by more than 1000 times as much."""
     row_S = positions(37, 2, 1)
     q, k, v = inputs(len(row_S), 60)
-    out = zigzag_attention(q, k, v, prefix=7, tokens=37, cp_size=2, rank=1, causal=True)
+    out = zigzag_attention(q, k, v, prefix=7, layout=zigzag((37,), 2), rank=1, causal=True)
     mask = {
         "start one key early": visibility(row_S, 60, 6),
         "start one key late": visibility(row_S, 60, 8),
-        "contiguous layout": visibility(torch.arange(len(row_S)) + len(row_S), 60, 7),
-        "own block only": visibility(row_S, 60, 7) & ~visibility(row_S // 10 * 10 - 1, 60, 7),
+        "contiguous layout": visibility(torch.arange(len(row_S)) + len(row_S) - 1, 60, 7),
+        "own block only": visibility(row_S, 60, 7) & ~visibility(row_S // 9 * 9 - 1, 60, 7),
     }[wrong]
     assert (out - reference(q, k, v, mask)).abs().max() > 1e-2
 
 
-SHAPES = {"q": (1, 4, 20, 8), "k": (1, 2, 50, 8), "v": (1, 2, 50, 8)}
+SHAPES = {"q": (1, 4, 19, 8), "k": (1, 2, 50, 8), "v": (1, 2, 50, 8)}
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"q": (1, 4, 18, 8)}, r"q \(1, 4, 18, 8\).*expected 20 local rows in q for 37 tokens on 2 ranks"),
-        ({"q": (4, 20, 8)}, r"q \(4, 20, 8\).*expected q \[B, H, S, D\]"),
-        ({"q": (1, 4, 20, 6)}, "equal B, G, T, D"),
-        ({"q": (2, 4, 20, 8)}, "equal B, G, T, D"),
+        ({"q": (1, 4, 18, 8)}, r"q \(1, 4, 18, 8\).*expected 19 local rows in q for 37 tokens on 2 ranks"),
+        ({"q": (4, 19, 8)}, r"q \(4, 19, 8\).*expected q \[B, H, S, D\]"),
+        ({"q": (1, 4, 19, 6)}, "equal B, G, T, D"),
+        ({"q": (2, 4, 19, 8)}, "equal B, G, T, D"),
         ({"v": (1, 2, 49, 8)}, "equal B, G, T, D"),
-        ({"q": (1, 3, 20, 8)}, "expected the 3 query heads to be a multiple of 2 key heads"),
+        ({"q": (1, 3, 19, 8)}, "expected the 3 query heads to be a multiple of 2 key heads"),
         ({"k": (1, 2, 43, 8), "v": (1, 2, 43, 8)}, "saw 43 keys; expected at least 44"),
         ({"rank": 2}, "saw rank=2, cp_size=2"),
-        ({"tokens": 0}, "saw tokens=0"),
+        ({"layout": zigzag((0,), 2)}, "saw tokens=0"),
         ({"prefix": -1}, "prefix=-1"),
         ({"window": -1}, "saw window=-1"),
         ({"window": 4, "causal": False}, "window=4, causal=False"),
-        ({"mask": torch.ones(20, 50)}, r"causal=True and a mask \(20, 50\)"),
-        ({"mask": torch.ones(37, 50), "causal": False}, r"mask \(37, 50\).*broadcastable to \(1, 4, 20, 50\)"),
-        ({"mask": torch.ones(20, 50, dtype=torch.int64), "causal": False}, "mask of torch.int64; expected bool"),
+        ({"mask": torch.ones(19, 50)}, r"causal=True and a mask \(19, 50\)"),
+        ({"mask": torch.ones(37, 50), "causal": False}, r"mask \(37, 50\).*broadcastable to \(1, 4, 19, 50\)"),
+        ({"mask": torch.ones(19, 50, dtype=torch.int64), "causal": False}, "mask of torch.int64; expected bool"),
         ({"dtype": torch.bfloat16}, "q torch.float32, k torch.bfloat16"),
     ],
     ids=str,
 )
 def test_errors_name_what_was_seen_and_what_is_expected(change: dict[str, object], message: str) -> None:
-    call: dict[str, object] = {"prefix": 7, "tokens": 37, "cp_size": 2, "rank": 1, "causal": True, **change}
+    call: dict[str, object] = {"prefix": 7, "layout": zigzag((37,), 2), "rank": 1, "causal": True, **change}
     dtype = call.pop("dtype", torch.float32)
     q, k, v = (torch.zeros(call.pop(name, shape)) for name, shape in SHAPES.items())  # type: ignore[call-overload]
     with pytest.raises(ValueError, match=message):
