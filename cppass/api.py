@@ -15,7 +15,7 @@ from cppass.errors import CPError, OptionError, RefusedError
 from cppass.pipeline import rewrite_graph
 from cppass.ranks import ranks_without_group
 from cppass.report import REFUSED, REWRITTEN, Report
-from cppass.target import load
+from cppass.target import load, target_of
 
 
 def run_pass(
@@ -54,7 +54,7 @@ def run_pass(
     if report.status == REFUSED and config.on_refusal == "raise":
         raise RefusedError(report.refusals)
     if report.status == REWRITTEN and lower:
-        load("host").lower(captured, ranks)
+        load(target_of(captured, config)[0]).lower(captured, ranks)
     if report.status == REWRITTEN and captured is not gm:
         install(captured, gm)
     return report

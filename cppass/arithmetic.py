@@ -74,5 +74,10 @@ def node_of(value: Any) -> Any:
     return value.node if isinstance(value, Number) else value
 
 
+def value_of(value: Any) -> Any:
+    """The int or SymInt behind a number."""
+    return value.node.meta["val"] if isinstance(value, Number) else value
+
+
 def _is(value: Any, number: int) -> bool:
     return isinstance(value, int) and value == number

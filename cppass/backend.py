@@ -20,7 +20,7 @@ from cppass.guard import agree_on_inputs
 from cppass.pipeline import rewrite_graph
 from cppass.ranks import ranks_of
 from cppass.report import LEFT_ALONE, REFUSED, REWRITTEN, Report, record
-from cppass.target import Ranks, Target, load
+from cppass.target import Ranks, load, target_of
 
 Compiled = Callable[..., Any]
 
@@ -77,26 +77,27 @@ def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: CPC
     record(report)
     if report.status == REFUSED:
         _refused(report, config)
-    target = _target(gm)
+    name, inner = target_of(gm, config)
+    _check_devices(gm, name)
+    target = load(name)
     if report.status == REWRITTEN:
         target.lower(gm, ranks)
-    run = target.compile(gm, example_inputs, config.inner)
+    run = target.compile(gm, example_inputs, inner)
     if report.status == REWRITTEN and config.check_inputs:
         return agree_on_inputs(run, ranks)
     return run
 
 
-def _target(gm: fx.GraphModule) -> Target:
-    """The host target, for graphs whose tensors are in host memory."""
+def _check_devices(gm: fx.GraphModule, target: str) -> None:
+    """The host target is for graphs whose tensors are in host memory."""
     for node in gm.graph.nodes:
         value = node.meta.get("val")
-        if isinstance(value, torch.Tensor) and value.device.type != "cpu":
+        if target == "host" and isinstance(value, torch.Tensor) and value.device.type != "cpu":
             raise Unsupported(
                 "CP503",
-                f"the graph has tensors on {value.device} (node {node.name}); this version lowers to the host",
-                "move the model and its inputs to the CPU",
+                f"the graph has tensors on {value.device} (node {node.name}); target 'host' runs on the CPU",
+                "move the model and its inputs to the CPU, or use target='npu' on an NPU",
             )
-    return load("host")
 
 
 def _refused(report: Report, config: CPConfig) -> None:

@@ -56,7 +56,7 @@ def _cppass(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """A callback keeps `run` a command of its own while it is the only one."""
+    """Options before any command."""
 
 
 @app.command()
@@ -136,6 +136,25 @@ def run(
         raise typer.Exit(128 + signal.SIGINT) from None
     if outcome is not None:
         _show(outcome, as_json)
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+    timeout: Annotated[float, typer.Option(metavar="S", help="Seconds each import may take.")] = 120,
+) -> None:
+    """Say what this machine has, how far each target gets on it, and the way out of what is broken.
+
+    Exit status: 0 the host job can run, 1 something is broken.
+    """
+    from cppass.doctor import examine, healthy, render, to_dict
+
+    lines = examine(timeout)
+    if as_json:
+        typer.echo(json.dumps(to_dict(lines)))
+    else:
+        render(lines, Console())
+    raise typer.Exit(0 if healthy(lines) else 1)
 
 
 def _outcome(job: Job) -> Outcome | None:

@@ -13,8 +13,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "inputs": ("replicated", "sharded"),
     "target": ("auto", "host", "npu"),
     "on_refusal": ("raise", "fallback"),
-    "inner": ("auto", "eager", "inductor"),
+    "inner": ("auto", "eager", "inductor", "npugraph_ex", "torchair"),
 }
+INNERS = {"host": ("eager", "inductor"), "npu": ("npugraph_ex", "torchair", "eager")}
+"""What compiles the rewritten graph, per target; the first is what "auto" takes."""
 
 NON_GROUP_MEMBER = -100  # what torch.distributed.new_group returns on a rank that is not in the group
 
@@ -29,8 +31,10 @@ class CPConfig:
         cp_size: number of ranks where there is no group (run_pass, explain); with a group it must agree with it.
         rank: this rank's number in the group where there is no group; 0 by default.
         inputs: "replicated": every rank is handed the same full inputs and gets the full outputs.
-        target: which ops are emitted: "host", "npu", or "auto" (npu where there is one, else host).
-        inner: what compiles the rewritten graph. host: "eager" ("auto") or "inductor".
+        target: which ops are emitted: "host", "npu", or "auto" (npu where the graph has torch_npu's ops or tensors on
+            an NPU, else host). It does not say which machine runs them: NPU graphs run on CPU tensors, too.
+        inner: what compiles the rewritten graph. host: "eager" ("auto") or "inductor". npu: "npugraph_ex" ("auto", ACL
+            graph), "torchair" (GE, max-autotune) or "eager".
         on_refusal: "raise", or "fallback": run the graph unsharded, with a warning and a report.
         strict: True refuses an op that has no rule; False gathers its inputs, goes on and reports it.
         min_tokens: graphs with fewer tokens are left alone; at least 2 * cp_size tokens are needed in any case.
@@ -66,13 +70,14 @@ class CPConfig:
             raise _bad("mode", self.mode, "a string or None")
         if self.group is not None and not _is_group(self.group):
             raise _bad("group", self.group, "a ProcessGroup, the name of one, or a one-dimensional DeviceMesh")
-        for name, value in (("inputs", "sharded"), ("target", "npu")):
-            if getattr(self, name) == value:
-                raise Unsupported(
-                    "CP002",
-                    f"option {name}={value!r} is not implemented in this version",
-                    f"leave {name} at its default, {getattr(type(self), name)!r}",
-                )
+        if self.target != "auto" and self.inner not in ("auto", *INNERS[self.target]):
+            raise _bad("inner", self.inner, f"one of {', '.join(INNERS[self.target])} with target={self.target!r}")
+        if self.inputs == "sharded":
+            raise Unsupported(
+                "CP002",
+                "option inputs='sharded' is not implemented in this version",
+                "leave inputs at its default, 'replicated'",
+            )
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None, mode: str | None = None) -> CPConfig:

@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from cppass.moe_rules import IndexPutRule, RowsOfSort, SortRule, ValueRule, index_points
+from cppass.npu_rules import NPU_RULES, element_state
 from cppass.rules import (
     Axes,
     AxisRule,
@@ -23,6 +24,7 @@ from cppass.rules import (
     broadcast_labels,
     einsum,
     moved_axes,
+    name_of,
     pointwise_axes,
     same_axes,
     shape_of,
@@ -173,7 +175,8 @@ class GetItem:
         source = node.args[0]
         if isinstance(source, fx.Node) and source.target in SORTS and isinstance(state, Tokens) and node.args[1] == 0:
             return Transfer(dataclasses.replace(state, points=None), (state,))
-        return Transfer(state, (state,))
+        assert isinstance(source, fx.Node)
+        return Transfer(element_state(source, state, node.args[1]), (state,))
 
     def backward(self, node: fx.Node, state: Tokens, rows: Size) -> Transfer | None:
         return Transfer(state, (state,))
@@ -218,6 +221,7 @@ RULES: dict[Any, Rule] = {
     aten.detach.default: MOVES,
     aten.lift_fresh_copy.default: MOVES,
     aten.contiguous.default: MOVES,
+    aten.copy.default: POINTWISE,
     aten._to_copy.default: POINTWISE,
     aten.floor_divide.default: ValueRule(),
     aten.empty_like.default: LikeRule(),
@@ -320,20 +324,26 @@ def rule_of(node: fx.Node) -> Rule | None:
     target = node.target
     if target in RULES:
         return RULES[target]
-    name = getattr(target, "_name", "")
-    if name in NAMED_RULES:
-        return NAMED_RULES[name]
+    if name_of(node) in NAMED_RULES:
+        return NAMED_RULES[name_of(node)]
     if isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags:
         return None if torch.Tag.nondeterministic_seeded in target.tags else POINTWISE
     return None
 
 
 # ops of other libraries, by name: their library may not be installed
-NAMED_RULES: dict[str, Rule] = {"transformers::grouped_mm_fallback": RowsOfSort(None)}
+NAMED_RULES: dict[str, Rule] = {
+    "transformers::grouped_mm_fallback": RowsOfSort(None),
+    "_c10d_functional::all_reduce": POINTWISE,  # over another group than the one that shares the sequence
+    "_c10d_functional::wait_tensor": POINTWISE,
+    **NPU_RULES,
+}
+
+NAMED_MATMULS = {"transformers::grouped_mm_fallback", "npu::npu_grouped_matmul", "npu::npu_quant_matmul"}
 
 
 def is_matmul(node: fx.Node) -> bool:
-    return node.target in MATMULS or getattr(node.target, "_name", "") in NAMED_RULES
+    return node.target in MATMULS or name_of(node) in NAMED_MATMULS
 
 
 def factors(node: fx.Node) -> list[fx.Node]:

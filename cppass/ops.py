@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from cppass.errors import VerifyError
+from cppass.fused_meaning import PER_RANK as FUSED_PER_RANK
+from cppass.fused_meaning import fused_attention
 from cppass.layout import Zigzag
 from cppass.torch_private import OpLibrary
 
@@ -24,8 +26,18 @@ _library = OpLibrary("cppass")
 
 SCHEMAS = {
     "shard": "(Tensor x, int dim, SymInt inner, SymInt[] lengths, int cp_size, bool even) -> Tensor",
-    "gather": "(Tensor[] xs, int[] dims, SymInt[] inners, SymInt[] lengths, int cp_size, bool even) -> Tensor[]",
+    "gather": (
+        "(Tensor[] xs, int[] dims, SymInt[] inners, SymInt[] lengths, int cp_size, bool even, bool natural) -> Tensor[]"
+    ),
     "gather_rows": "(Tensor x, int dim, SymInt start, int count, SymInt[] lengths, int cp_size, bool even) -> Tensor",
+    "gather_rows_at": "(Tensor x, int dim, Tensor index, SymInt[] lengths, int cp_size, bool even) -> Tensor",
+    "gathered_order": "(Tensor x, SymInt[] lengths, int cp_size, bool even) -> Tensor",
+    "fused_attention": (
+        "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? block_table, Tensor? sink, Tensor? q_tensor, "
+        "Tensor? kv_tensor, SymInt[]? q_lengths, SymInt[]? kv_lengths, SymInt[] lengths, int cp_size, bool even, "
+        "str op, str input_layout, int num_heads, int num_key_value_heads, float scale, int sparse_mode, "
+        "int pre_tokens, int next_tokens, int block_size, int inner_precise, bool lse) -> (Tensor, Tensor)"
+    ),
     "attention": (
         "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? prefix_tensor, SymInt prefix, SymInt[] lengths, "
         "int cp_size, bool even, bool causal, int window, float? scale) -> Tensor"
@@ -80,16 +92,25 @@ def shard(xs: list[Tensor], dim: int, inner: int, lengths: list[int], cp_size: i
 
 
 def gather(
-    xs: list[list[Tensor]], dims: list[int], inners: list[int], lengths: list[int], cp_size: int, even: bool
+    xs: list[list[Tensor]],
+    dims: list[int],
+    inners: list[int],
+    lengths: list[int],
+    cp_size: int,
+    even: bool,
+    natural: bool,
 ) -> list[list[Tensor]]:
-    """Several Local values [.., outer * m * inner, ..] -> Full ones, natural order, the same bits on every rank."""
+    """Several Local values [.., outer * m * inner, ..] -> Full ones, the same bits on every rank.
+
+    natural: rows in natural order; else as they arrive, rank after rank (no padding rows: `even` layouts only).
+    """
     layout, full = Zigzag(tuple(lengths), cp_size, even), []
     rows = layout.local_rows
     for i, (dim, inner) in enumerate(zip(dims, inners, strict=True)):
         parts = [split_axis(x[i], dim, rows, inner).movedim(dim + 1, 0) for x in xs]
         shape = parts[0].shape[1:]
         flat = torch.cat([p.reshape(rows, -1) for p in parts])
-        restored = flat[restore_index(layout, flat.device)].reshape(layout.tokens, *shape)
+        restored = (flat[restore_index(layout, flat.device)] if natural else flat).reshape(layout.tokens, *shape)
         full.append(merge_axis(restored.movedim(0, dim + 1), dim))
     return [full for _ in range(cp_size)]
 
@@ -103,6 +124,22 @@ def gather_rows(
     owners = [layout.owner(p) for p in range(first, first + count)]
     picked = torch.cat([xs[rank].narrow(dim, row, 1) for rank, row in owners], dim)
     return [picked for _ in range(cp_size)]
+
+
+def gather_rows_at(
+    xs: list[Tensor], dim: int, index: Tensor, lengths: list[int], cp_size: int, even: bool
+) -> list[Tensor]:
+    """The natural rows that `index` [n] names, from the ranks that own them."""
+    layout = Zigzag(tuple(lengths), cp_size, even)
+    owners = [layout.owner(int(p) % layout.tokens) for p in index]
+    picked = torch.cat([xs[rank].narrow(dim, row, 1) for rank, row in owners], dim)
+    return [picked for _ in range(cp_size)]
+
+
+def gathered_order(xs: list[Tensor], lengths: list[int], cp_size: int, even: bool) -> list[Tensor]:
+    """Full rows [S, ..] in natural order -> in the order in which gathered rows arrive; `even` layouts only."""
+    layout = Zigzag(tuple(lengths), cp_size, even)
+    return [x[torch.cat([local_row_index(layout, rank, x.device) for rank in range(cp_size)])] for x in xs]
 
 
 def attention(
@@ -140,8 +177,13 @@ MEANINGS: dict[str, Callable[..., list[Any]]] = {
     "shard": shard,
     "gather": gather,
     "gather_rows": gather_rows,
+    "gather_rows_at": gather_rows_at,
+    "gathered_order": gathered_order,
     "attention": attention,
+    "fused_attention": fused_attention,
 }
+PER_RANK = {"attention": 5, "fused_attention": FUSED_PER_RANK}
+"""Leading arguments of a meaning that are lists with one entry a rank; 1 for the others."""
 
 
 # -- shapes ------------------------------------------------------------------------------------------------------------
@@ -154,7 +196,13 @@ def shard_shape(x: Tensor, dim: int, inner: int, lengths: list[int], cp_size: in
 
 
 def gather_shape(
-    xs: list[Tensor], dims: list[int], inners: list[int], lengths: list[int], cp_size: int, even: bool
+    xs: list[Tensor],
+    dims: list[int],
+    inners: list[int],
+    lengths: list[int],
+    cp_size: int,
+    even: bool,
+    natural: bool = True,
 ) -> list[Tensor]:
     """Rows first in memory, as an all-gather leaves them: [B, H, S, D] with the strides of [S, B, H, D]."""
     layout, full = Zigzag(tuple(lengths), cp_size, even), []
@@ -190,10 +238,35 @@ def attention_shape(
     return q.new_empty(b, m, h, v.shape[3]).transpose(1, 2)
 
 
+def gather_rows_at_shape(x: Tensor, dim: int, index: Tensor, lengths: list[int], cp_size: int, even: bool) -> Tensor:
+    return x.new_empty(*x.shape[:dim], index.shape[0], *x.shape[dim + 1 :])
+
+
+def gathered_order_shape(x: Tensor, lengths: list[int], cp_size: int, even: bool) -> Tensor:
+    return torch.empty_like(x)
+
+
+def fused_attention_shape(q: Tensor, k: Tensor, v: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
+    """Output like the queries; log-sum-exp [m, N, 1] for TND, else [B, N, m, 1]."""
+    input_layout, heads, lse = given[11], given[12], given[-1]
+    sums = empty_lse(q, input_layout, heads) if lse else q.new_empty(0, dtype=torch.float32)
+    return torch.empty_like(q, memory_format=torch.contiguous_format), sums
+
+
+def empty_lse(q: Tensor, input_layout: str, heads: int) -> Tensor:
+    if input_layout == "TND":
+        return q.new_empty(q.shape[0], heads, 1, dtype=torch.float32)
+    rows = q.shape[2] if input_layout == "BNSD" else q.shape[1]
+    return q.new_empty(q.shape[0], heads, rows, 1, dtype=torch.float32)
+
+
 SHAPES: dict[str, Callable[..., Any]] = {
     "shard": shard_shape,
     "gather": gather_shape,
     "gather_rows": gather_rows_shape,
+    "gather_rows_at": gather_rows_at_shape,
+    "gathered_order": gathered_order_shape,
+    "fused_attention": fused_attention_shape,
     "attention": attention_shape,
 }
 

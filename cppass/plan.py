@@ -23,6 +23,7 @@ from cppass.errors import Refusal
 from cppass.explain_node import op_of, refuse
 from cppass.match.kv import SAME, VIEWS
 from cppass.op_rules import factors, is_matmul, row_selection, rule_of
+from cppass.order import SlotWrite, slot_writes
 from cppass.rules import Transfer, is_tensor, shape_of, tensor_operands
 from cppass.shard import Propagation, numbers_rows
 from cppass.site import AttentionSite, Rewrite
@@ -39,6 +40,7 @@ class Full(enum.Enum):
     COMPUTE = "compute"  # from Full operands, on every rank
     GATHER = "gather"  # from every rank's Local value
     ROWS = "rows"  # a few rows of a Local value (the last token): only they travel
+    LOOKUP = "lookup"  # rows of a Local value that an index names (the last token of each sequence)
 
 
 class Local(enum.Enum):
@@ -55,6 +57,13 @@ class RowSelection:
     state: Tokens
     start: int
     count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RowLookup:
+    source: fx.Node
+    state: Tokens
+    index: fx.Node
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +86,8 @@ class CPPlan:
         local: how each demanded Local value is made, per state.
         groups: sets of values whose rows travel in one collective; the first is named by the site.
         gather_states: the Local state each Full.GATHER value is gathered from.
-        selections: details of the Full.ROWS nodes.
+        selections, lookups: details of the Full.ROWS and Full.LOOKUP nodes.
+        slot_writes: writes of rows in gathered order: to the rows' slots in the same order (cppass/order.py).
         gathered: what travels besides K/V.
         refusals: why this graph cannot be rewritten; the rest of the plan means nothing then.
     """
@@ -89,6 +99,8 @@ class CPPlan:
     groups: tuple[tuple[tuple[fx.Node, Tokens], ...], ...]
     gather_states: dict[fx.Node, Tokens]
     selections: dict[fx.Node, RowSelection]
+    lookups: dict[fx.Node, RowLookup]
+    slot_writes: dict[fx.Node, SlotWrite]
     gathered: tuple[Gathered, ...]
     refusals: tuple[Refusal, ...]
 
@@ -115,9 +127,10 @@ class _Planner:
     ) -> None:
         self.graph, self.sites, self.reach, self.step, self.strict = graph, sites, reach, step, strict
         self.order = {node: i for i, node in enumerate(graph.nodes)}
-        self.zigzag = {s.node: s for s in sites if s.rewrite is Rewrite.ZIGZAG}
+        self.rewritten = {s.node: s for s in sites if s.rewrite is not Rewrite.ROWWISE}
         self.rowwise = {n for s in sites if s.rewrite is Rewrite.ROWWISE for n in (s.node, s.scores)}
         self.fresh, self.groups = self._groups()
+        self.slot_writes = slot_writes(sites, step.layout.even, self.fresh)
         self.site_path = self._paths_to_fresh()
         self.full: dict[fx.Node, Full] = {}
         self.full_wanted: dict[fx.Node, fx.Node] = {}  # node -> the first user that wants it Full
@@ -125,6 +138,7 @@ class _Planner:
         self.local_wanted: dict[fx.Node, dict[State, None]] = {}
         self.gather_states: dict[fx.Node, Tokens] = {}
         self.selections: dict[fx.Node, RowSelection] = {}
+        self.lookups: dict[fx.Node, RowLookup] = {}
         self.gathered: list[Gathered] = []
         self.refusals: list[Refusal] = []
 
@@ -148,6 +162,8 @@ class _Planner:
             self.groups,
             self.gather_states,
             self.selections,
+            self.lookups,
+            self.slot_writes,
             tuple(reversed(self.gathered)),
             tuple(reversed(self.refusals)),
         )
@@ -185,6 +201,8 @@ class _Planner:
             return Full.GIVEN
         if self._select_rows(node):
             return Full.ROWS
+        if self._look_up_rows(node):
+            return Full.LOOKUP
         state = self.reach.plain_state(node)
         gather = state is not None and node in self.reach.trunk and not isinstance(node.meta["val"], (tuple, list))
         if gather and node not in self.site_path and not self._smaller_above(node):
@@ -214,6 +232,24 @@ class _Planner:
             return False
         self.selections[node] = RowSelection(source, state, *rows)
         self._want_local(source, state)
+        return True
+
+    def _look_up_rows(self, node: fx.Node) -> bool:
+        """hidden.index_select(0, cu_lengths - 1): the rows that are named travel, not all of them."""
+        if node.op != "call_function" or node.target is not aten.index_select.default:
+            return False
+        source, index = tensor_operands(node)
+        state = self.reach.plain_state(source)
+        if state is None or source not in self.reach.trunk or (state.outer, state.inner) != (1, 1):
+            return False
+        if source in self.fresh or source in self.full_wanted or index in self.reach.trunk:
+            return False
+        many = divide(shape_of(index)[0], self.reach.tokens) is not None
+        if many or node.args[1] % len(shape_of(source)) != state.dim:  # type: ignore[operator]
+            return False
+        self.lookups[node] = RowLookup(source, state, index)
+        self._want_local(source, state)
+        self._want_full(node, [index])
         return True
 
     def _smaller_above(self, node: fx.Node) -> bool:
@@ -284,8 +320,8 @@ class _Planner:
     # -- Local values --
 
     def _local(self, node: fx.Node, state: State) -> Transfer | Local:
-        if node in self.zigzag and self.reach.way(node, state) is not None:
-            self._want_site(self.zigzag[node])
+        if node in self.rewritten and self.reach.way(node, state) is not None:
+            self._want_site(self.rewritten[node])
             return Local.SITE
         if numbers_rows(node, state):
             return Local.NUMBER
@@ -316,11 +352,13 @@ class _Planner:
         if site.causal is not None:
             self._want_full(site.node, [x for x in site.causal.terms if is_tensor(x)])
         elif site.mask is not None:
-            ndim = len(shape_of(site.mask))
-            if shape_of(site.mask)[ndim - 2] == 1:
+            state = site.mask_state
+            if state is None:
                 self._want_full(site.node, [site.mask])
             else:
-                self._want_local(site.mask, Tokens(ndim - 2))
+                self._want_local(site.mask, state)
+        if site.fused is not None:
+            self._want_full(site.node, site.fused.tensors)
 
     # -- sites: gathered values, and the path from them to the attention --
 
@@ -355,7 +393,17 @@ class _Planner:
             for end, part in ((site.key, site.key_fresh), (site.value, site.value_fresh)):
                 if part.source in self.fresh:
                     self._mark_path(end, part.source, path)
+        for node in self.graph.nodes:
+            if self._made_of_gathered(node, path):
+                path.add(node)
         return path - set(self.fresh)
+
+    def _made_of_gathered(self, node: fx.Node, path: set[fx.Node]) -> bool:
+        """A cheap value of gathered rows and nothing else that depends on tokens: rows as a cache stores them."""
+        if node.op != "call_function" or not self.reach.ways.get(node) or is_matmul(node) or node in self.rewritten:
+            return False
+        trunk = [x for x in tensor_operands(node) if x in self.reach.trunk]
+        return bool(trunk) and node in self.reach.trunk and all(x in self.fresh or x in path for x in trunk)
 
     def _mark_path(self, end: fx.Node, source: fx.Node, path: set[fx.Node]) -> bool:
         if end is source:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from cppass.match import MATCHERS
+from cppass.match import matcher_of
 
 aten = torch.ops.aten
 
@@ -29,7 +29,7 @@ def prepare(gm: fx.GraphModule) -> fx.Graph:
     inline_modules(gm, graph)
     drop_shape_only_operands(graph)
     merge_duplicates(graph)
-    graph.eliminate_dead_code(lambda node: node.is_impure() and node.target not in MATCHERS)  # dead attention goes
+    graph.eliminate_dead_code(lambda node: node.is_impure() and matcher_of(node) is None)  # dead attention goes
     graph.lint()
     return graph
 

@@ -115,6 +115,8 @@ def describe_site(site: AttentionSite) -> SiteReport:
         mask += " on a filled cache" if site.causal.terms or site.causal.constant else ""
     else:
         mask = "no mask" if site.mask is None and site.scores is None else "its own mask, local rows of it"
+    if site.fused is not None and site.fused.sparse_mode > 1:
+        mask = f"sparse mode {site.fused.sparse_mode}"
     return SiteReport(
         site.name,
         site.form,
@@ -138,6 +140,11 @@ def describe_gathers(plan: CPPlan) -> tuple[GatherReport, ...]:
             count = plan.selections[node].count
             row = divide(_bytes(node), count)
             found.append(_describe(plan, (node,), f"{count} selected rows", count, row))
+        elif how is Full.LOOKUP:
+            rows_named = shape_of(plan.lookups[node].index)[0]
+            found.append(
+                _describe(plan, (node,), f"{rows_named} rows by index", rows_named, divide(_bytes(node), rows_named))
+            )
     return tuple(found)
 
 
@@ -162,7 +169,7 @@ def mask_notes(sites: tuple[AttentionSite, ...], cp_size: int) -> tuple[str, ...
     """What masks that are not plainly causal cost."""
     notes: dict[fx.Node, str] = {}
     for site in sites:
-        if site.mask is not None and site.causal is None:
+        if site.mask is not None and site.causal is None and site.fused is None:
             shape = shape_of(site.mask)
             rows = f"{shape[-2]}/{cp_size}" if shape[-2] != 1 else "1"
             notes[site.mask] = (

@@ -24,11 +24,15 @@ from cppass.layout import Zigzag
 from cppass.match.kv import VIEWS
 from cppass.plan import SIZES, CPPlan, Full, Local
 from cppass.rules import Transfer, is_tensor, iter_nodes, shape_of, tensor_operands
-from cppass.site import AttentionSite
+from cppass.site import AttentionSite, FusedAttention, Lengths, Rewrite
 from cppass.tokens import Size, State, Tokens, size_of
 from cppass.torch_private import fake_mode_of
 
 aten = torch.ops.aten
+FUSED_OPTIONS = (
+    *("input_layout", "num_heads", "num_key_value_heads", "scale", "sparse_mode", "pre_tokens", "next_tokens"),
+    *("block_size", "inner_precise", "lse"),
+)
 KEPT_META = ("nn_module_stack", "stack_trace", "source_fn_stack", "original_aten", "from_node", "seq_nr")
 
 
@@ -58,6 +62,8 @@ class _Rewriter:
         self.fake_mode = fake_mode_of(graph)
         self.sizes: dict[Size, fx.Node] = {}  # symbolic sizes by value, as new nodes
         self.local_size: dict[Size, Any] = {}
+        self.in_order = {source for write in plan.slot_writes.values() for source in write.sources}
+        self.slots: dict[fx.Node, fx.Node] = {}  # slots of all layers, in gathered order
         self.numbers = Numbers(self.emit)
         self._zigzag: Zigzag | None = None
 
@@ -74,7 +80,7 @@ class _Rewriter:
                 if node.users or node.op == "call_function":
                     self.full(node)
             else:
-                if self.plan.full.get(node) in (Full.COMPUTE, Full.ROWS):
+                if self.plan.full.get(node) in (Full.COMPUTE, Full.ROWS, Full.LOOKUP):
                     self.full(node)
                 for state in self.plan.local.get(node, ()):
                     self.local(node, state)
@@ -114,6 +120,8 @@ class _Rewriter:
             result = self._gather(((node, self.plan.gather_states[node]),))[0]
         elif how is Full.ROWS:
             result = self._rows(node)
+        elif how is Full.LOOKUP:
+            result = self._looked_up(node)
         else:
             result = self._computed(node)
         self.full_nodes[node] = result
@@ -126,6 +134,8 @@ class _Rewriter:
 
     def _computed(self, node: fx.Node) -> fx.Node:
         """The node as it was, on Full operands. Views become reshapes where an operand's strides changed."""
+        if node in self.plan.slot_writes:
+            return self._slot_write(node)
         operands = [(x, self.full(x)) for x in iter_nodes((node.args, node.kwargs))]
         if node.op != "call_function" or all(_same_layout(a, b) for a, b in operands):
             copied = self.new.node_copy(node, self.full)
@@ -133,6 +143,14 @@ class _Rewriter:
             return copied
         args, kwargs = fx.map_arg((node.args, node.kwargs), self.full)
         return self.emit(aten.reshape.default if node.target in VIEWS else node.target, args, dict(kwargs))
+
+    def _slot_write(self, node: fx.Node) -> fx.Node:
+        """A write of rows in gathered order: to slots in gathered order, which all layers share."""
+        slots = self.plan.slot_writes[node].slots
+        if slots not in self.slots:
+            self.slots[slots] = self.emit(torch.ops.cppass.gathered_order.default, (self.full(slots), *self.layout()))
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda x: self.slots[slots] if x is slots else self.full(x))
+        return self.emit(node.target, args, dict(kwargs))
 
     def _gathered(self, node: fx.Node) -> fx.Node:
         """A member of a merged gather: all members are computed, then one collective brings them all."""
@@ -153,7 +171,8 @@ class _Rewriter:
         values = [self.local(node, state) for node, state in group]
         dims = [state.dim for _, state in group]
         inners = [self.number(state.inner) for _, state in group]
-        args = (values, dims, inners, *self.layout())
+        natural = not all(node in self.in_order for node, _ in group)
+        args = (values, dims, inners, *self.layout(), natural)
         gathered = self.emit(torch.ops.cppass.gather.default, args)
         return [self.emit(operator.getitem, (gathered, i)) for i in range(len(group))]
 
@@ -168,6 +187,11 @@ class _Rewriter:
             return self.emit(aten.select.int, (picked, rows.state.dim, 0))
         return picked
 
+    def _looked_up(self, node: fx.Node) -> fx.Node:
+        rows = self.plan.lookups[node]
+        source, index = self.local(rows.source, rows.state), self.full(rows.index)
+        return self.emit(torch.ops.cppass.gather_rows_at.default, (source, rows.state.dim, index, *self.layout()))
+
     # -- Local values --
 
     def local(self, node: fx.Node, state: State) -> fx.Node:
@@ -181,7 +205,8 @@ class _Rewriter:
     def _local(self, node: fx.Node, state: State) -> fx.Node:
         how = self.plan.local[node][state]
         if how is Local.SITE:
-            return self._attention(self.site_of[node])
+            site = self.site_of[node]
+            return self._attention(site) if site.fused is None else self._fused(site, site.fused)
         if isinstance(how, Local):
             assert isinstance(state, Tokens)
             if how is Local.NUMBER:
@@ -195,7 +220,10 @@ class _Rewriter:
         """The node's op on local rows: each operand in the state the way names, explicit sizes made local."""
         source = node.args[0] if node.target is operator.getitem else None
         if isinstance(source, fx.Node) and source in self.site_of:
-            return self.local(source, way.out)  # the canonical op returns the output alone
+            if self.site_of[source].rewrite is Rewrite.FUSED:
+                return self.emit(operator.getitem, (self.local(source, way.operands[0]), node.args[1]))  # type: ignore[arg-type]
+            if self.site_of[source].rewrite is Rewrite.ZIGZAG:
+                return self.local(source, way.out)  # the canonical op returns the output alone
         states = iter(way.operands)
 
         def operand(x: fx.Node) -> fx.Node:
@@ -210,7 +238,8 @@ class _Rewriter:
             if not (isinstance(sizes[way.out.dim], int) and sizes[way.out.dim] == -1):
                 sizes[way.out.dim] = self._local_extent(way.out)
             args = (*args[: way.size_arg], sizes, *args[way.size_arg + 1 :])
-        return self.emit(aten.reshape.default if node.target in VIEWS else node.target, args, dict(kwargs))
+        kwargs = {**kwargs, **way.kwargs}
+        return self.emit(aten.reshape.default if node.target in VIEWS else node.target, args, kwargs)
 
     def _attention(self, site: AttentionSite) -> fx.Node:
         query = self.local(site.query, Tokens(site.query_dim))
@@ -227,9 +256,8 @@ class _Rewriter:
                 else:
                     prefix = self.numbers(self.full(term)) + prefix
         elif site.mask is not None:
-            ndim = len(shape_of(site.mask))
-            whole = shape_of(site.mask)[ndim - 2] == 1
-            mask = self.full(site.mask) if whole else self.local(site.mask, Tokens(ndim - 2))
+            state = site.mask_state
+            mask = self.full(site.mask) if state is None else self.local(site.mask, state)
         self.origin = site.node
         return self.emit(
             torch.ops.cppass.attention.default,
@@ -246,6 +274,35 @@ class _Rewriter:
                 site.scale,
             ),
         )
+
+    def _fused(self, site: AttentionSite, fused: FusedAttention) -> fx.Node:
+        """Both results of the op, for this rank's rows.
+
+        before:  out, lse = npu_fused_infer_attention_score(q [T, N, D], cache, cache, actual_seq_lengths=[T], ...)
+        after:   out, lse = cppass.fused_attention(q [m, N, D], cache, cache, ..., [T], ..., lengths, P, even, ...)
+        """
+        query = self.local(site.query, Tokens(site.query_dim))
+        mask = site.mask
+        if mask is not None:
+            mask = self.full(mask) if site.mask_state is None else self.local(mask, site.mask_state)
+        q_tensor, q_lengths = self._lengths(fused.q_lengths)
+        kv_tensor, kv_lengths = self._lengths(fused.kv_lengths)
+        tensors = [None if x is None else self.full(x) for x in (fused.block_table, fused.sink)]
+        self.origin = site.node
+        given = (query, self.full(site.key), self.full(site.value), mask, *tensors, q_tensor, kv_tensor)
+        options = [getattr(fused, name) for name in FUSED_OPTIONS]
+        return self.emit(
+            torch.ops.cppass.fused_attention.default,
+            (*given, q_lengths, kv_lengths, *self.layout(), str(fused.op), *options),
+        )
+
+    def _lengths(self, lengths: Lengths | fx.Node | None) -> tuple[fx.Node | None, list[Any] | None]:
+        """(as a tensor, as a list)."""
+        if isinstance(lengths, fx.Node):
+            return self.full(lengths), None
+        if lengths is None:
+            return None, None
+        return None, [self.full(n) if isinstance(n, fx.Node) else n for n in lengths]
 
     # -- sizes --
 

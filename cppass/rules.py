@@ -8,7 +8,7 @@ run on Full values. The table of ops is `cppass/op_rules.py`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -27,11 +27,13 @@ class Transfer:
         out: state of the output (of every element, where the op returns several).
         operands: per tensor operand, in argument order: the state it must have, None for Full.
         size_arg: position in node.args of a size list whose entry for the token axis must become the local size.
+        kwargs: keyword arguments that are other ones on local rows.
     """
 
     out: State
     operands: tuple[State | None, ...]
     size_arg: int | None = None
+    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
 
 class Rule(Protocol):
@@ -57,6 +59,11 @@ def shape_of(node: fx.Node) -> tuple[Size, ...]:
     """Sizes of a tensor node; of the first element where the node returns several."""
     value = node.meta["val"]
     return sizes_of((value[0] if isinstance(value, (tuple, list)) else value).shape)
+
+
+def name_of(node: fx.Node) -> str:
+    """ "npu::npu_rms_norm": the op of a node by name, for ops whose library may not be installed; "" for others."""
+    return getattr(node.target, "_name", "") if node.op == "call_function" else ""
 
 
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:

@@ -12,7 +12,7 @@ import operator
 
 from torch import fx
 
-from cppass.match import MATCHERS
+from cppass.match import matcher_of
 from cppass.op_rules import contraction_is_one, is_matmul, rule_of
 from cppass.rules import Transfer, is_tensor, shape_of, tensor_operands
 from cppass.site import AttentionSite, Rewrite
@@ -48,7 +48,7 @@ class Propagation:
 
 def propagate(graph: fx.Graph, sites: tuple[AttentionSite, ...]) -> Propagation:
     tokens = shape_of(sites[0].query)[sites[0].query_dim]
-    site_of = {site.node: site for site in sites if site.rewrite is Rewrite.ZIGZAG}
+    site_of = {site.node: site for site in sites if site.rewrite is not Rewrite.ROWWISE}
     seeds = _seeds(graph, sites, site_of, tokens)
     ways: dict[fx.Node, tuple[Transfer, ...]] = {}
     trunk: set[fx.Node] = set()
@@ -58,6 +58,8 @@ def propagate(graph: fx.Graph, sites: tuple[AttentionSite, ...]) -> Propagation:
         operands = tensor_operands(node) if node.op == "call_function" else []
         if node in site_of:
             ways[node] = (_site_way(site_of[node], operands),)
+        elif node.target is operator.getitem and (site := site_of.get(operands[0])) is not None:
+            ways[node] = (_element_way(site, node.args[1]),)
         elif operands:
             ways[node] = _ways(node, operands, ways, seeds, tokens)
         carries = bool(ways.get(node)) or any(_states(x, ways, seeds) for x in operands)
@@ -71,6 +73,13 @@ def propagate(graph: fx.Graph, sites: tuple[AttentionSite, ...]) -> Propagation:
 def _site_way(site: AttentionSite, operands: list[fx.Node]) -> Transfer:
     state = Tokens(site.query_dim)
     return Transfer(state, tuple(state if x is site.query else None for x in operands))
+
+
+def _element_way(site: AttentionSite, element: object) -> Transfer:
+    """Output and log-sum-exp of a site may carry their tokens in different dimensions."""
+    lse = site.fused is not None and element == 1
+    out = Tokens(site.fused.lse_dim if site.fused is not None and lse else site.query_dim)
+    return Transfer(out, (Tokens(site.query_dim),))
 
 
 def _states(
@@ -140,7 +149,7 @@ def _backward(node: fx.Node, state: Tokens, tokens: Size) -> Transfer | None:
 def _is_opaque(source: fx.Node, state: Tokens, tokens: Size) -> bool:
     """A tuple whose op cannot carry this state."""
     rule = rule_of(source)
-    return source.target not in MATCHERS and (rule is None or rule.backward(source, state, tokens) is None)
+    return matcher_of(source) is None and (rule is None or rule.backward(source, state, tokens) is None)
 
 
 def _seeds(
@@ -156,14 +165,12 @@ def _seeds(
 
     for site in sites:
         want(site.query, Tokens(site.query_dim))
-        if site.rewrite is Rewrite.ZIGZAG:
+        if site.rewrite is not Rewrite.ROWWISE:
             for fresh in (site.key_fresh, site.value_fresh):
                 if shape_of(fresh.source)[fresh.dim] == tokens:
                     want(fresh.source, Tokens(fresh.dim))
-            if site.mask is not None and site.causal is None:
-                ndim = len(shape_of(site.mask))
-                if shape_of(site.mask)[ndim - 2] != 1:
-                    want(site.mask, Tokens(ndim - 2))
+            if site.mask is not None and (state := site.mask_state) is not None:
+                want(site.mask, state)
 
     seeds: dict[fx.Node, tuple[Tokens, ...]] = {}
     for node in reversed(graph.nodes):

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 from cppass.api import run_pass
 from cppass.config import CPConfig
 from cppass.errors import OptionError
-from cppass.ops import CANONICAL, MEANINGS
+from cppass.ops import CANONICAL, MEANINGS, PER_RANK
 from cppass.report import REWRITTEN
 
 c10d = torch.ops._c10d_functional
@@ -108,7 +108,7 @@ class _Lockstep:
         return [node.target(*args, **kwargs) for node, (args, kwargs) in zip(nodes, given, strict=True)]  # type: ignore[operator]
 
     def _meaning(self, name: str, given: list[tuple[Any, ...]]) -> list[Any]:
-        per_rank = {"attention": 5}.get(name, 1)  # leading arguments that differ from rank to rank
+        per_rank = PER_RANK.get(name, 1)
         stacked = [[args[i] for args in given] for i in range(per_rank)]
         return MEANINGS[name](*stacked, *given[0][per_rank:])
 

@@ -8,6 +8,9 @@ from typing import Any
 
 from torch import fx
 
+from cppass.rules import shape_of
+from cppass.tokens import Tokens
+
 
 class Rewrite(enum.Enum):
     """How a site's attention is rewritten."""
@@ -86,6 +89,12 @@ class FusedAttention:
     lse: bool
 
     @property
+    def tensors(self) -> list[fx.Node]:
+        """Operands beside query, key, value and mask that are tensors."""
+        given = (self.block_table, self.sink, self.q_lengths, self.kv_lengths)
+        return [x for x in given if isinstance(x, fx.Node)]
+
+    @property
     def lse_dim(self) -> int:
         """Token dimension of the log-sum-exp: [T, N, 1], else [B, N, S, 1]."""
         return 0 if self.input_layout == "TND" else 2
@@ -130,6 +139,16 @@ class AttentionSite:
     @property
     def name(self) -> str:
         return self.node.name
+
+    @property
+    def mask_state(self) -> Tokens | None:
+        """The state of a mask whose rows are query rows; None for one that every row shares, or that is causal."""
+        if self.mask is None or self.causal is not None:
+            return None
+        if self.fused is not None and self.fused.sparse_mode not in (0, 1):
+            return None
+        ndim = len(shape_of(self.mask))
+        return None if shape_of(self.mask)[ndim - 2] == 1 else Tokens(ndim - 2)
 
     @property
     def writes(self) -> tuple[fx.Node, ...]:

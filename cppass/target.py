@@ -7,9 +7,11 @@ import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
+import torch
 from torch import fx
 
-from cppass.errors import CPError
+from cppass.config import INNERS, CPConfig
+from cppass.errors import CPError, OptionError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +35,30 @@ class Target(Protocol):
         """What runs the lowered graph; takes the graph's inputs, returns its outputs."""
 
 
+def target_of(gm: fx.GraphModule, config: CPConfig) -> tuple[str, str]:
+    """(target, inner compiler) of a graph: the config's, or what suits the graph's ops, tensors and inner compiler."""
+    target, inner = config.target, config.inner
+    if target == "auto":
+        target = "npu" if inner in INNERS["npu"][:2] or any(_is_npu(n) for n in gm.graph.nodes) else "host"
+    if inner == "auto":
+        inner = INNERS[target][0]
+    if inner not in INNERS[target]:
+        raise OptionError(
+            "CP003",
+            f"option inner={inner!r} does not go with a graph for target {target!r}",
+            f"inner is one of {', '.join(INNERS[target])} there",
+        )
+    return target, inner
+
+
+def _is_npu(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    on_device = isinstance(value, torch.Tensor) and value.device.type == "npu"
+    return on_device or getattr(node.target, "_name", "").startswith(("npu::", "air::", "atb::"))
+
+
 def load(name: str) -> Target:
-    """The lowering of that name ("host")."""
+    """The lowering of that name ("host", "npu")."""
     try:
         module = importlib.import_module(f"lowering.{name}")
     except ImportError as error:

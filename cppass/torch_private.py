@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import fx
 from torch._dynamo.exc import RestartAnalysis, SkipFrame
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 
 RESTARTS = (RestartAnalysis, SkipFrame)  # Dynamo's own control flow; not failures
 
@@ -36,6 +38,21 @@ def resolve_group(name: str) -> Any:
         RuntimeError, ValueError: there is none.
     """
     return torch.distributed.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined,arg-type]
+
+
+def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    """Whether two sizes are equal whatever the symbols are; installs no guard."""
+    return bool(statically_known_true(a == b))
+
+
+def is_unbacked(value: int | torch.SymInt) -> bool:
+    """Whether a number was read from a tensor while tracing (item, tolist), so that no input of the graph gives it."""
+    return isinstance(value, torch.SymInt) and bool(free_unbacked_symbols(value))
+
+
+def without_fakes() -> AbstractContextManager[Any]:
+    """Real tensors can be made in here while Dynamo or a compiler has its fake mode on."""
+    return unset_fake_temporarily()
 
 
 class OpLibrary:

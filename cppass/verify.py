@@ -7,21 +7,30 @@ must allow every op exactly the states its operands have. A Local value where a 
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import fx
 
 from cppass.errors import VerifyError
 from cppass.explain_node import op_of
 from cppass.layout import Zigzag
+from cppass.match.kv import SCATTER_PA
 from cppass.op_rules import rule_of
 from cppass.ops import CANONICAL
 from cppass.plan import CPPlan
-from cppass.rules import is_tensor, shape_of, tensor_operands
+from cppass.rules import is_tensor, name_of, shape_of, tensor_operands
 from cppass.shard import numbers_rows
 from cppass.site import Rewrite
 from cppass.tokens import Size, State, Tokens, divide, size_of
 
 canonical = torch.ops.cppass
+
+GATHERED = "gathered rows"
+"""Order of Full rows as an all-gather leaves them, rank after rank."""
+
+SLOT_WRITES = {"npu::npu_scatter_nd_update": {1, 2}, SCATTER_PA: {0, 1, 4}, "aten::index_put": {1, 2}}
+"""Writes of rows to slots -> which tensor operands are rows or slots."""
 
 
 def verify(graph: fx.Graph, plan: CPPlan) -> None:
@@ -34,8 +43,9 @@ def verify(graph: fx.Graph, plan: CPPlan) -> None:
 
 
 def _coverage(graph: fx.Graph, plan: CPPlan) -> None:
-    found = sum(site.rewrite is Rewrite.ZIGZAG for site in plan.sites)
-    rewritten = sum(node.target is canonical.attention.default for node in graph.nodes)
+    found = sum(site.rewrite is not Rewrite.ROWWISE for site in plan.sites)
+    attention = (canonical.attention.default, canonical.fused_attention.default)
+    rewritten = sum(node.target in attention for node in graph.nodes)
     if found != rewritten:
         raise VerifyError(
             "CP402", f"{found} attention sites were found and {rewritten} rewritten", "please report this"
@@ -74,18 +84,41 @@ class _Typing:
             self._same_layout(node)
             state: State | None = getattr(self, f"_{name}")(node)
             return state
+        if node.target is operator.getitem and node.args[0].target is canonical.fused_attention.default:  # type: ignore[union-attr]
+            return self._element(node)
         operands = tensor_operands(node)
         given = tuple(self.states.get(x) for x in operands)
         if not any(given):
             return None
         if getattr(node.target, "_schema", None) is not None and node.target._schema.is_mutable:  # type: ignore[union-attr]
             raise _illegal(node, "writes a Local value into an input")
-        rule = rule_of(node)
+        in_order = any(isinstance(s, Tokens) and s.order == GATHERED for s in given)
+        if in_order and name_of(node) in SLOT_WRITES:
+            self._slot_write(node, operands, given)
+            return None
+        rule, rows = rule_of(node), self.layout.tokens if in_order else self.rows
         for slot, state in enumerate(given):
-            transfer = rule.forward(node, slot, state, self.rows) if rule is not None and state is not None else None
+            transfer = rule.forward(node, slot, state, rows) if rule is not None and state is not None else None
             if transfer is not None and self._agree(operands, given, transfer.operands):
                 return transfer.out
         raise _illegal(node, f"mixes rows: operands are {[str(s) if s else 'Full' for s in given]}")
+
+    def _element(self, node: fx.Node) -> State | None:
+        """Output or log-sum-exp of a fused attention."""
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        names = [a.name for a in source.target._schema.arguments]  # type: ignore[union-attr]
+        varlen = source.args[names.index("input_layout")] == "TND"
+        return self.states[source] if node.args[1] == 0 else Tokens(0 if varlen else 2)
+
+    def _slot_write(self, node: fx.Node, operands: list[fx.Node], given: tuple[State | None, ...]) -> None:
+        """Rows in gathered order go to slots in gathered order, all of them, into a whole cache."""
+        rows = SLOT_WRITES[name_of(node)]
+        wanted = tuple(Tokens(0, order=GATHERED) if i in rows else None for i in range(len(operands)))
+        if given != wanted:
+            raise _illegal(
+                node, f"writes rows and slots in different order: {[str(s) if s else 'Full' for s in given]}"
+            )
 
     def _agree(
         self, operands: list[fx.Node], given: tuple[State | None, ...], wanted: tuple[State | None, ...]
@@ -122,17 +155,47 @@ class _Typing:
         self.rows = rows
         return Tokens(dim, outer, _size(inner))
 
-    def _gather(self, node: fx.Node) -> None:
-        xs, dims, inners, *_ = node.args
+    def _gather(self, node: fx.Node) -> State | None:
+        xs, dims, inners, *_, natural = node.args
+        if not natural and not (self.layout.even and set(dims) == {0} and set(inners) == {1}):  # type: ignore[arg-type]
+            raise _illegal(node, "leaves rows in gathered order where there is padding, or in an inner dimension")
         for x, dim, inner in zip(xs, dims, inners, strict=True):  # type: ignore[arg-type]
             state = self.states.get(x)
             if not (isinstance(state, Tokens) and state.plain and (state.dim, state.inner) == (dim, _size(inner))):
                 raise _illegal(node, f"gathers {x.name}, which is {state or 'Full'}, along dim {dim}")
+        return None if natural else Tokens(0, order=GATHERED)
 
     def _gather_rows(self, node: fx.Node) -> None:
         x, dim = node.args[:2]
         if self.states.get(x) != Tokens(dim):  # type: ignore[arg-type]
             raise _illegal(node, f"picks rows of {x}, which is {self.states.get(x) or 'Full'}")  # type: ignore[arg-type]
+
+    def _gather_rows_at(self, node: fx.Node) -> None:
+        x, dim, index = node.args[:3]
+        if self.states.get(x) != Tokens(dim) or index in self.states:  # type: ignore[arg-type]
+            raise _illegal(node, f"looks up rows of {x}, which is {self.states.get(x) or 'Full'}")  # type: ignore[arg-type]
+
+    def _gathered_order(self, node: fx.Node) -> State:
+        x = node.args[0]
+        if x in self.states or not self.layout.even or shape_of(x)[0] != self.layout.tokens:  # type: ignore[arg-type]
+            raise _illegal(node, f"puts {x} in gathered order")
+        return Tokens(0, order=GATHERED)
+
+    def _fused_attention(self, node: fx.Node) -> State:
+        names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+        given = dict(zip(names, node.args, strict=True))
+        dim = {"TND": 0, "BSH": 1, "BSND": 1, "BNSD": 2}[str(given["input_layout"])]
+        if self.states.get(given["q"]) != Tokens(dim):
+            raise _illegal(node, f"has a query that is {self.states.get(given['q']) or 'Full'}")
+        own_mask = given["sparse_mode"] in (0, 1)
+        for name in ("k", "v", "mask", "block_table", "sink", "q_tensor", "kv_tensor"):
+            value = given[name]
+            if not isinstance(value, fx.Node):
+                continue
+            wanted = Tokens(len(shape_of(value)) - 2) if name == "mask" and own_mask else None
+            if self.states.get(value) != wanted:
+                raise _illegal(node, f"has a {name} that is {self.states.get(value) or 'Full'}, not {wanted or 'Full'}")
+        return Tokens(dim)
 
     def _attention(self, node: fx.Node) -> State:
         q, k, v, mask, prefix_tensor = node.args[:5]

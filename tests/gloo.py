@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+import cppass  # noqa: F401  (before torch: it lets torch_npu be imported where there is no CANN)
+
 TIMEOUT = 600  # seconds for everything a set of ranks does
 
 

@@ -11,9 +11,10 @@ from torch import fx
 
 from cppass.errors import Refusal
 from cppass.explain_node import op_of, refuse
+from cppass.match import fused
 from cppass.match.eager import match_eager
 from cppass.match.sdpa import match_flash_for_cpu, match_sdpa
-from cppass.rules import is_tensor
+from cppass.rules import is_tensor, name_of
 from cppass.site import AttentionSite
 
 aten = torch.ops.aten
@@ -26,6 +27,18 @@ MATCHERS: dict[Any, Match] = {
     aten._softmax.default: match_eager,
     aten._safe_softmax.default: match_eager,
 }
+
+NAMED_MATCHERS: dict[str, Match] = dict.fromkeys(fused.OPS, fused.match_fused)
+"""By name: torch_npu may not be installed."""
+
+REFUSED_WRITES = {
+    "atb::_npu_reshape_and_cache": "npu_scatter_pa_kv_cache or npu_scatter_nd_update_",
+    "npu::npu_qkv_rms_norm_rope_cache_functional": "npu_rms_norm, npu_apply_rotary_pos_emb and npu_scatter_pa_kv_cache",
+    "npu::npu_kv_rmsnorm_rope_cache": "npu_rms_norm, npu_apply_rotary_pos_emb and npu_scatter_pa_kv_cache",
+    "npu::npu_kv_rmsnorm_rope_cache_v2_functional": "npu_rms_norm, npu_apply_rotary_pos_emb and a write of its own",
+    "npu::npu_rope_quant_kvcache": "npu_apply_rotary_pos_emb, npu_dynamic_quant and a write of its own",
+}
+"""Ops that write K and V in one step with something else, or without a functional twin -> what to use instead."""
 
 ATTENTION_WORDS = ("attention", "attn", "flash", "sdpa", "selective_scan", "ssd_", "delta_rule", "retention", "wkv")
 
@@ -44,8 +57,8 @@ def find_sites(graph: fx.Graph) -> Found:
     for node in graph.nodes:
         if node.op != "call_function":
             continue
-        matcher = MATCHERS.get(node.target)
-        match = matcher(node) if matcher else _looks_like_attention(node) or _attention_inside(node)
+        matcher = matcher_of(node)
+        match = matcher(node) if matcher else _looks_like_attention(node) or _fused_write(node) or _inside(node)
         if isinstance(match, AttentionSite):
             sites.append(match)
         elif match is not None:
@@ -53,7 +66,27 @@ def find_sites(graph: fx.Graph) -> Found:
     return Found(tuple(sites), tuple(refusals))
 
 
-def _attention_inside(node: fx.Node) -> Refusal | None:
+def matcher_of(node: fx.Node) -> Match | None:
+    """What reads attention of this node's form, None where the node is no known attention."""
+    return MATCHERS.get(node.target) or NAMED_MATCHERS.get(name_of(node))
+
+
+def _fused_write(node: fx.Node) -> Refusal | None:
+    """A KV write that cannot be told from the rest of its op: its rows would be one rank's alone."""
+    name = name_of(node)
+    if isinstance(node.target, torch._ops.HigherOrderOperator) and node.args:
+        name = getattr(node.args[0], "_name", "")  # auto_functionalized(op, ...)
+    if name not in REFUSED_WRITES:
+        return None
+    return refuse(
+        "CP111",
+        node,
+        f"context parallelism of {name.replace('::', '.')}, which writes the KV cache, is not implemented",
+        f"use {REFUSED_WRITES[name]}",
+    )
+
+
+def _inside(node: fx.Node) -> Refusal | None:
     """Attention in a branch or loop body (torch.cond, while_loop): it may run on some ranks or steps only."""
     if not isinstance(node.target, torch._ops.HigherOrderOperator):
         return None

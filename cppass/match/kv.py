@@ -7,12 +7,13 @@ written = index_copy(cache, 2, positions, fresh)      the write; `fresh` is gath
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable
 
 import torch
 from torch import fx
 
-from cppass.rules import argument, shape_of, tensor_operands
+from cppass.rules import argument, name_of, shape_of, tensor_operands
 from cppass.site import Fresh
 
 aten = torch.ops.aten
@@ -58,35 +59,87 @@ def peel_repeat(node: fx.Node) -> fx.Node:
 
 
 @dataclasses.dataclass(frozen=True)
-class WriteForm:
-    """A functional KV write: a node's (cache, rows) operands."""
+class Write:
+    """A functional KV write.
 
-    name: str
-    operands: Callable[[fx.Node], tuple[fx.Node, fx.Node] | None]
+    Attributes:
+        form: name of the form.
+        node: the op that writes.
+        rows: the new rows, tokens in `dim`.
+        slots: where each row goes, one entry a row, in the form's cases where rows may come in any order; else None.
+    """
+
+    form: str
+    node: fx.Node
+    rows: fx.Node
+    dim: int
+    slots: fx.Node | None = None
 
 
-def _cat(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """cat([past, fresh]) on the token dimension of [B, H, T, D]."""
+Reader = Callable[[fx.Node], "tuple[object, object, object] | None"]  # a write's (rows, dim, slots)
+
+
+def _index_copy(node: fx.Node) -> tuple[object, object, object]:
+    return node.args[3], node.args[1], None
+
+
+def _index_put(node: fx.Node) -> tuple[object, object, object]:
+    indices = argument(node, 1, "indices")
+    indexed = [d for d, index in enumerate(indices) if index is not None]
+    return node.args[2], indexed[0], indices[0] if indexed == [0] else None
+
+
+def _slice_scatter(node: fx.Node) -> tuple[object, object, object]:
+    return node.args[1], argument(node, 2, "dim", 0), None
+
+
+def _cat(node: fx.Node) -> tuple[object, object, object] | None:
+    """cat([past, fresh])."""
     parts = tensor_operands(node)
-    if len(parts) != 2 or argument(node, 1, "dim", 0) not in (2, -2):
-        return None
-    return parts[0], parts[1]
+    return (parts[1], argument(node, 1, "dim", 0), None) if len(parts) == 2 else None
 
 
-def _arguments(cache: int, rows: int) -> Callable[[fx.Node], tuple[fx.Node, fx.Node] | None]:
-    def operands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-        a, b = node.args[cache], node.args[rows]
-        return (a, b) if isinstance(a, fx.Node) and isinstance(b, fx.Node) else None
-
-    return operands
+def _scatter_nd_update(node: fx.Node) -> tuple[object, object, object]:
+    return argument(node, 2, "updates"), 0, argument(node, 1, "indices")
 
 
-WRITES = {
-    aten.index_copy.default: WriteForm("index_copy", _arguments(0, 3)),
-    aten.index_put.default: WriteForm("index_put", _arguments(0, 2)),
-    aten.slice_scatter.default: WriteForm("slice_scatter", _arguments(0, 1)),
-    aten.cat.default: WriteForm("cat", _cat),
+def _scatter_update(node: fx.Node) -> tuple[object, object, object]:
+    return argument(node, 2, "updates"), argument(node, 3, "axis"), None
+
+
+def _scatter_pa(node: fx.Node) -> tuple[object, object, object]:
+    """An element of (key_cache, value_cache)."""
+    source, element = node.args
+    assert isinstance(source, fx.Node) and isinstance(element, int)
+    return argument(source, element, ("key", "value")[element]), 0, argument(source, 4, "slot_mapping")
+
+
+SCATTER_PA = "npu::npu_scatter_pa_kv_cache_functional"
+
+WRITES: dict[str, tuple[str, Reader]] = {
+    "aten::index_copy": ("index_copy", _index_copy),
+    "aten::index_put": ("index_put", _index_put),
+    "aten::slice_scatter": ("slice_scatter", _slice_scatter),
+    "aten::cat": ("cat", _cat),
+    "npu::npu_scatter_nd_update": ("npu_scatter_nd_update", _scatter_nd_update),
+    "npu::scatter_update": ("scatter_update", _scatter_update),
+    SCATTER_PA: ("npu_scatter_pa_kv_cache", _scatter_pa),
 }
+
+
+def write_of(node: fx.Node) -> Write | None:
+    """The KV write whose result `node` is, None where it is none."""
+    source = node.args[0] if node.target is operator.getitem else node
+    if not isinstance(source, fx.Node) or (source is not node) != (name_of(source) == SCATTER_PA):
+        return None
+    form, read = WRITES.get(name_of(source), ("", None))
+    found = read(node) if read is not None else None
+    if found is None:
+        return None
+    rows, dim, slots = found
+    if not isinstance(rows, fx.Node) or not isinstance(dim, int):
+        return None
+    return Write(form, source, rows, dim % len(shape_of(rows)), slots if isinstance(slots, fx.Node) else None)
 
 
 def fresh_rows(node: fx.Node, dim: int = 2) -> Fresh:
@@ -94,14 +147,22 @@ def fresh_rows(node: fx.Node, dim: int = 2) -> Fresh:
     writes: list[fx.Node] = []
     form = ""
     node = _behind_read(skip_same(node))
-    while node.target in WRITES:
-        operands = WRITES[node.target].operands(node)
-        if operands is None:
-            break
-        writes.append(node)
-        form = form or WRITES[node.target].name
-        node = skip_same(operands[1])
+    while (write := write_of(node)) is not None and write.dim == dim:
+        writes.append(write.node)
+        form = form or write.form
+        node = skip_same(write.rows)
     return Fresh(node, dim, tuple(writes), form)
+
+
+def fresh_behind_views(node: fx.Node, dim: int) -> Fresh:
+    """The same where attention reads a view of the cache, of another shape than the rows that were written."""
+    read = node
+    while read.op == "call_function" and read.target in SAME | VIEWS | {aten.slice.Tensor}:
+        read = tensor_operands(read)[0]
+    write = write_of(read)
+    if write is None:
+        return Fresh(node, dim)
+    return Fresh(write.rows, write.dim, (write.node,), write.form)
 
 
 def _behind_read(node: fx.Node) -> fx.Node:
@@ -109,4 +170,4 @@ def _behind_read(node: fx.Node) -> fx.Node:
     written = node
     while written.target is aten.slice.Tensor:
         written = skip_same(tensor_operands(written)[0])
-    return written if written.target in WRITES else node
+    return written if write_of(written) is not None else node

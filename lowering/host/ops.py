@@ -117,6 +117,38 @@ def place_rows(
     return torch.stack([by_rank[owner].select(dim, i) for i, (owner, _) in enumerate(owners)], dim)
 
 
+def pick_rows_at(x: Tensor, dim: int, index: Tensor, lengths: list[int], cp_size: int, even: bool, rank: int) -> Tensor:
+    """The natural rows that `index` [n] names, zeros for those of other ranks: [n * row]."""
+    layout = Zigzag(tuple(lengths), cp_size, even)
+    picked = x.new_zeros(*x.shape[:dim], index.shape[0], *x.shape[dim + 1 :])
+    for i, (owner, row) in enumerate(_owners_at(index, layout)):
+        if owner == rank:
+            picked.select(dim, i).copy_(x.select(dim, row))
+    return picked.view(-1)
+
+
+def _pick_rows_at_shape(x: Tensor, dim: int, index: Tensor, *args: Any) -> Tensor:
+    return x.new_empty(x.numel() // x.shape[dim] * index.shape[0])
+
+
+def place_rows_at(
+    gathered: Tensor, x: Tensor, dim: int, index: Tensor, lengths: list[int], cp_size: int, even: bool
+) -> Tensor:
+    """The gathered picks [P * n * row] -> the rows, each from its owner. `x` gives the shape."""
+    by_rank = gathered.view(cp_size, *x.shape[:dim], index.shape[0], *x.shape[dim + 1 :])
+    owners = _owners_at(index, Zigzag(tuple(lengths), cp_size, even))
+    return torch.stack([by_rank[owner].select(dim, i) for i, (owner, _) in enumerate(owners)], dim)
+
+
+def _place_rows_at_shape(gathered: Tensor, x: Tensor, dim: int, index: Tensor, *args: Any) -> Tensor:
+    return x.new_empty(*x.shape[:dim], index.shape[0], *x.shape[dim + 1 :])
+
+
+def _owners_at(index: Tensor, layout: Zigzag) -> list[tuple[int, int]]:
+    """Read here: host memory, no device sync. Raises IndexError for a row that is not there."""
+    return [layout.owner(int(row)) for row in index]
+
+
 def _owners(start: int, count: int, layout: Zigzag) -> list[tuple[int, int]]:
     """(rank, local row) of natural rows [start, start + count); a negative start counts from the last token."""
     first = start + layout.tokens if start < 0 else start
@@ -173,12 +205,15 @@ def _attention_shape(*args: Any) -> Tensor:
 _ROWS = "int dim, SymInt inner, SymInt[] lengths, int cp_size, bool even"
 _MANY = "int[] dims, SymInt[] inners, SymInt[] lengths, int cp_size, bool even"
 _FEW = "int dim, SymInt start, int count, SymInt[] lengths, int cp_size, bool even"
+_AT = "int dim, Tensor index, SymInt[] lengths, int cp_size, bool even"
 OPS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
     "shard": (f"(Tensor x, {_ROWS}, int rank) -> Tensor", shard, _shard_shape),
     "pack": (f"(Tensor[] xs, {_MANY}) -> Tensor", pack, _pack_shape),
     "unpack": (f"(Tensor gathered, Tensor[] xs, {_MANY}) -> Tensor[]", unpack, _unpack_shape),
     "pick_rows": (f"(Tensor x, {_FEW}, int rank) -> Tensor", pick_rows, _pick_rows_shape),
     "place_rows": (f"(Tensor gathered, Tensor x, {_FEW}) -> Tensor", place_rows, _place_rows_shape),
+    "pick_rows_at": (f"(Tensor x, {_AT}, int rank) -> Tensor", pick_rows_at, _pick_rows_at_shape),
+    "place_rows_at": (f"(Tensor gathered, Tensor x, {_AT}) -> Tensor", place_rows_at, _place_rows_at_shape),
     "attention": (
         "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? prefix_tensor, SymInt prefix, SymInt[] lengths, "
         "int cp_size, bool even, bool causal, int window, float? scale, int rank) -> Tensor",

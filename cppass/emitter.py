@@ -1,0 +1,74 @@
+"""Emits what stands in for a canonical op: nodes with metadata, in place, in graph order."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import fx
+
+from cppass.arithmetic import Numbers
+from cppass.ops import CANONICAL
+from cppass.target import Ranks
+from cppass.torch_private import fake_mode_of, without_fakes
+
+c10d = torch.ops._c10d_functional
+
+
+class Emitter:
+    """Emits nodes in front of the canonical node that is being lowered, with its stack trace and module path."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.gm, self.graph = gm, gm.graph
+        self.fake_mode = fake_mode_of(gm.graph)
+        self.origin: fx.Node | None = None
+        self.numbers = Numbers(lambda function, args: self(function, *args))
+
+    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        assert self.origin is not None
+        with self.graph.inserting_before(self.origin), self.shapes():
+            node = self.graph.call_function(target, args, kwargs)
+            node.meta.update({k: v for k, v in self.origin.meta.items() if k != "val"})
+            node.meta["val"] = target(*fx.map_arg(args, _value), **fx.map_arg(kwargs, _value))
+        return node
+
+    def shapes(self) -> AbstractContextManager[Any]:
+        return self.fake_mode if self.fake_mode is not None else nullcontext()
+
+    def size(self, x: fx.Node, dim: int) -> int | fx.Node:
+        """A size of a tensor, as an int or a node."""
+        size = x.meta["val"].shape[dim]
+        return size if isinstance(size, int) else self(torch.ops.aten.sym_size.int, x, dim)
+
+    def all_gather(self, packed: fx.Node, ranks: Ranks) -> fx.Node:
+        """[n, ...] of every rank -> [P * n, ...], rank after rank."""
+        started = self(c10d.all_gather_into_tensor.default, packed, ranks.cp_size, ranks.group_name)
+        return self(c10d.wait_tensor.default, started)
+
+    def constant(self, values: list[int], device: torch.device) -> fx.Node:
+        """int64 numbers that are part of the graph."""
+        with without_fakes():
+            tensor = torch.tensor(values, dtype=torch.int64, device=device)
+        number = sum(1 for _ in self.gm.named_buffers())
+        while hasattr(self.gm, f"cppass_rows_{number}"):
+            number += 1
+        self.gm.register_buffer(f"cppass_rows_{number}", tensor)
+        assert self.origin is not None
+        with self.graph.inserting_before(self.origin):
+            node = self.graph.get_attr(f"cppass_rows_{number}")
+        node.meta["val"] = self.fake_mode.from_tensor(tensor) if self.fake_mode is not None else tensor
+        return self(torch.ops.aten.lift_fresh_copy.default, node)
+
+    def canonical_nodes(self) -> list[tuple[fx.Node, str]]:
+        """The nodes to lower with the names of their ops, in graph order."""
+        nodes = [n for n in self.graph.nodes if n.op == "call_function"]
+        return [(n, CANONICAL[n.target]) for n in nodes if n.target in CANONICAL]
+
+    def replace(self, node: fx.Node, lowered: fx.Node) -> None:
+        node.replace_all_uses_with(lowered)
+        self.graph.erase_node(node)
+
+
+def _value(node: fx.Node) -> Any:
+    return node.meta["val"]

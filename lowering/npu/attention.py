@@ -1,0 +1,147 @@
+"""cppass::fused_attention -> two calls of the op the model calls, one a half.
+
+before:  out, lse = cppass.fused_attention(q [m, N, D], k, v, ..., lengths, P, even, ...)
+after:   prev = npu_fused_infer_attention_score(q[:a], k, v, actual_seq_lengths=[..], actual_seq_lengths_kv=[..], ...)
+         next = npu_fused_infer_attention_score(q[a : a + b], k, v, ...)
+         out, lse = cat([prev[0], next[0]]), cat([prev[1], next[1]])
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from cppass.arithmetic import node_of
+from cppass.emitter import Emitter
+from cppass.halves import HalfCall, half_call
+from cppass.layout import Half, Zigzag
+from cppass.target import Ranks
+from lowering.npu.rows import Rows
+
+aten = torch.ops.aten
+
+TOKEN_DIM = {"TND": 0, "BSH": 1, "BSND": 1, "BNSD": 2}
+LSE_DIM = {"TND": 0, "BSH": 2, "BSND": 2, "BNSD": 2}
+V1 = {"q": "actual_seq_lengths", "kv": "actual_seq_lengths_kv", "heads": "num_heads", "scale": "scale"}
+V2 = {"q": "actual_seq_qlen", "kv": "actual_seq_kvlen", "heads": "num_query_heads", "scale": "softmax_scale"}
+
+
+def fused_attention(emit: Emitter, rows: Rows, node: fx.Node, ranks: Ranks) -> list[fx.Node]:
+    """Output and log-sum-exp (where it is asked for) of this rank's rows; zeros in padding rows."""
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    given = dict(zip(names, node.args, strict=True))
+    layout = rows.layout(given["lengths"], given["cp_size"], given["even"])
+    dim, start, results = TOKEN_DIM[given["input_layout"]], 0, []
+    for half in (0, 1):
+        call = _tensor_call(emit, layout, ranks.rank, half, given) or _list_call(emit, layout, ranks.rank, half, given)
+        if isinstance(call.rows, int) and call.rows == 0:
+            continue  # the op refuses an empty query
+        results.append(_call(emit, rows, given, call, start, dim))
+        start = start + call.rows
+    padding = 0 if layout.even else layout.local_rows - start
+    out = _joined(emit, [r[0] for r in results], dim, padding)
+    return [out, _joined(emit, [r[1] for r in results], LSE_DIM[given["input_layout"]], padding)] if given["lse"] else [out]
+
+
+def _list_call(emit: Emitter, layout: Zigzag, rank: int, half: Half, given: dict[str, Any]) -> HalfCall:
+    numbers = emit.numbers
+    paged = given["block_table"] is not None
+    return half_call(
+        layout,
+        rank,
+        half,
+        input_layout=given["input_layout"],
+        paged=paged,
+        q_lengths=None if given["q_lengths"] is None else [numbers(n) for n in given["q_lengths"]],
+        kv_lengths=None if given["kv_lengths"] is None else [numbers(n) for n in given["kv_lengths"]],
+        kv_rows=None if paged else numbers(emit.size(given["k"], TOKEN_DIM[given["input_layout"]])),
+        sparse_mode=given["sparse_mode"],
+    )
+
+
+def _tensor_call(emit: Emitter, layout: Zigzag, rank: int, half: Half, given: dict[str, Any]) -> HalfCall | None:
+    """Lengths in tensors, the token axis cut as one sequence: a half may cut through any sequence, or miss it.
+
+    A sequence's queries are those of its rows that the half holds; its keys end where the half does.
+    """
+    ends, keys = given["q_tensor"], given["kv_tensor"]
+    if ends is None:
+        return None
+    (count,), (last,) = layout.half_rows(rank, half), layout.half_ends(rank, half)
+    first = node_of(last - count)
+    own = emit(aten.sub.Tensor, emit(aten.clamp.default, ends, first, node_of(last)), first)
+    starts = emit(aten.constant_pad_nd.default, emit(aten.slice.Tensor, ends, 0, 0, -1), [1, 0])
+    behind = [emit(aten.clamp.default, emit(aten.sub.Tensor, x, node_of(last)), 0) for x in (ends, starts)]
+    seen = emit(aten.sub.Tensor, keys, emit(aten.sub.Tensor, *behind))
+    at_least_one = emit(aten.clamp.default, seen, 1)  # of a sequence without a query here
+    return HalfCall(count, own, at_least_one, None, {2: 3}.get(given["sparse_mode"], given["sparse_mode"]))  # type: ignore[arg-type]
+
+
+def _call(emit: Emitter, rows: Rows, given: dict[str, Any], call: HalfCall, start: Any, dim: int) -> list[fx.Node]:
+    end = start + call.rows
+    query = _dense(emit, emit(aten.slice.Tensor, given["q"], dim, node_of(start), node_of(end)))
+    key, value = (_seen(emit, rows, given[x], call) for x in ("k", "v"))
+    mask = given["mask"]
+    if mask is not None and given["sparse_mode"] in (0, 1):
+        at = mask.meta["val"].dim() - 2
+        mask = _dense(emit, emit(aten.slice.Tensor, mask, at, node_of(start), node_of(end)))
+    op, names = _op(given["op"])
+    options: dict[str, Any] = {
+        "atten_mask": mask,
+        names["q"]: _plain(call.q_lengths),
+        names["kv"]: _plain(call.kv_lengths),
+        "block_table": given["block_table"],
+        names["heads"]: given["num_heads"],
+        "num_key_value_heads": given["num_key_value_heads"],
+        names["scale"]: given["scale"],
+        "pre_tokens": given["pre_tokens"],
+        "next_tokens": given["next_tokens"],
+        "input_layout": given["input_layout"],
+        "sparse_mode": call.sparse_mode,
+        "inner_precise": given["inner_precise"],
+        "block_size": given["block_size"],
+    }
+    if names is V2:
+        options |= {"return_softmax_lse": given["lse"], "learnable_sink": given["sink"]}
+    else:
+        options["softmax_lse_flag"] = given["lse"]
+    result = emit(op, query, key, value, **{k: v for k, v in options.items() if v is not None})
+    return [emit(operator.getitem, result, i) for i in range(2 if given["lse"] else 1)]
+
+
+def _op(name: str) -> tuple[Any, dict[str, str]]:
+    """The overload of "npu.npu_fused_infer_attention_score_v2.default", and its names of arguments."""
+    namespace, op, overload = name.split(".")
+    return getattr(getattr(getattr(torch.ops, namespace), op), overload), V2 if op.endswith("_v2") else V1
+
+
+def _plain(lengths: Any) -> Any:
+    return [node_of(n) for n in lengths] if isinstance(lengths, list) else lengths
+
+
+def _seen(emit: Emitter, rows: Rows, x: fx.Node, call: HalfCall) -> fx.Node:
+    """Packed keys or values: the rows that this half's queries may see, one sequence after the other."""
+    if call.kv_spans is None:
+        return _dense(emit, x)
+    if len(call.kv_spans) == 1:
+        first, count = call.kv_spans[0]
+        return _dense(emit, emit(aten.slice.Tensor, x, 0, node_of(first), node_of(first + count)))
+    return emit(aten.index_select.default, x, 0, rows.spans(call.kv_spans))
+
+
+def _dense(emit: Emitter, x: fx.Node) -> fx.Node:
+    """The op takes contiguous operands."""
+    if x.meta["val"].is_contiguous():
+        return x
+    return emit(aten.clone.default, x, memory_format=torch.contiguous_format)
+
+
+def _joined(emit: Emitter, halves: list[fx.Node], dim: int, padding: Any) -> fx.Node:
+    joined = halves[0] if len(halves) == 1 else emit(aten.cat.default, halves, dim)
+    if isinstance(padding, int) and padding == 0:
+        return joined
+    after = joined.meta["val"].dim() - 1 - dim
+    return emit(aten.constant_pad_nd.default, joined, [0, 0] * after + [0, node_of(padding)])

@@ -1,0 +1,77 @@
+"""Canonical ops -> HCCL functional collectives, torch_npu's ops and plain aten; the rank enters here."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from cppass.emitter import Emitter
+from cppass.errors import Unsupported
+from cppass.target import Ranks
+from lowering.npu import attention, moves
+from lowering.npu.compilers import compile_with
+from lowering.npu.rows import Rows
+
+Lowering = Callable[[Emitter, Rows, fx.Node, Ranks], "fx.Node | list[fx.Node]"]
+
+LOWERINGS: dict[str, Lowering] = {
+    "shard": moves.shard,
+    "gather": moves.gather,
+    "gather_rows": moves.gather_rows,
+    "gather_rows_at": moves.gather_rows_at,
+    "gathered_order": moves.gathered_order,
+    "fused_attention": attention.fused_attention,
+}
+
+
+class NpuTarget:
+    """The NPU lowering; see cppass.target.Target. Its graphs run on CPU tensors, too, where torch_npu has no NPU."""
+
+    name = "npu"
+
+    def lower(self, gm: fx.GraphModule, ranks: Ranks) -> None:
+        emit = Emitter(gm)
+        rows = Rows(emit, ranks.rank, _device(gm))
+        for node, name in emit.canonical_nodes():
+            if name not in LOWERINGS:
+                raise Unsupported(
+                    "CP505",
+                    f"cppass::{name} (node {node.name}) has no NPU form: target npu takes fused-infer-attention",
+                    "use npu_fused_infer_attention_score in the model, or target='host'",
+                )
+            emit.origin = node
+            lowered = LOWERINGS[name](emit, rows, node, ranks)
+            if isinstance(lowered, fx.Node):
+                emit.replace(node, lowered)
+            else:
+                _replace_elements(emit, node, lowered)
+        gm.graph.eliminate_dead_code()
+        gm.graph.lint()
+        gm.recompile()
+
+    def compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any], inner: str) -> Callable[..., Any]:
+        return compile_with(gm, example_inputs, inner)
+
+
+def _replace_elements(emit: Emitter, node: fx.Node, lowered: list[fx.Node]) -> None:
+    """The elements of a result that is a tuple."""
+    for user in list(node.users):
+        assert user.target is operator.getitem
+        user.replace_all_uses_with(lowered[user.args[1]])  # type: ignore[index]
+        emit.graph.erase_node(user)
+    emit.graph.erase_node(node)
+
+
+def _device(gm: fx.GraphModule) -> torch.device:
+    """Where the graph's tensors are."""
+    for node in gm.graph.nodes:
+        if isinstance(node.meta.get("val"), torch.Tensor):
+            return node.meta["val"].device  # type: ignore[no-any-return]
+    return torch.device("cpu")
+
+
+TARGET = NpuTarget()
