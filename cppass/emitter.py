@@ -47,16 +47,16 @@ class Emitter:
         return self(c10d.wait_tensor.default, started)
 
     def constant(self, values: list[int], device: torch.device) -> fx.Node:
-        """int64 numbers that are part of the graph."""
+        """int64 numbers that are part of the graph. npugraph_ex 2.13.0 knows constants by "_constant" in their name."""
         with without_fakes():
             tensor = torch.tensor(values, dtype=torch.int64, device=device)
-        number = sum(1 for _ in self.gm.named_buffers())
-        while hasattr(self.gm, f"cppass_rows_{number}"):
+        number = 0
+        while hasattr(self.gm, f"rows_constant_{number}"):
             number += 1
-        self.gm.register_buffer(f"cppass_rows_{number}", tensor)
+        self.gm.register_buffer(f"rows_constant_{number}", tensor)
         assert self.origin is not None
         with self.graph.inserting_before(self.origin):
-            node = self.graph.get_attr(f"cppass_rows_{number}")
+            node = self.graph.get_attr(f"rows_constant_{number}")
         node.meta["val"] = self.fake_mode.from_tensor(tensor) if self.fake_mode is not None else tensor
         return self(torch.ops.aten.lift_fresh_copy.default, node)
 

@@ -1,4 +1,4 @@
-"""P ranks in lockstep in one process: every node is run for every rank before the next; collectives exchange tensors.
+"""P ranks in one process: each runs to its next collective, then all exchange tensors.
 
 For tests of snippets, fuzzing and looking inside. It runs the very graphs that ranks would run (lower=True), or the
 meanings of the canonical ops (lower=False).
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from cppass.api import run_pass
 from cppass.config import CPConfig
-from cppass.errors import OptionError
+from cppass.errors import OptionError, VerifyError
 from cppass.ops import CANONICAL, MEANINGS, PER_RANK
 from cppass.report import REWRITTEN
 
@@ -77,41 +77,63 @@ def _cloned(inputs: Sequence[Any]) -> list[Any]:
 
 
 class _Lockstep:
-    """One environment per rank, one node at a time."""
+    """Every rank runs to its next collective; then they exchange tensors and go on."""
 
     def __init__(self, graphs: list[fx.GraphModule], inputs: list[list[Any]]) -> None:
-        self.graphs, self.inputs = graphs, [iter(given) for given in inputs]
-        self.values: list[dict[fx.Node, Any]] = [{} for _ in graphs]
+        self.ranks = [_Rank(gm, given) for gm, given in zip(graphs, inputs, strict=True)]
 
     def run(self) -> list[Any]:
-        for nodes in zip(*(gm.graph.nodes for gm in self.graphs), strict=True):
-            if nodes[0].op == "output":
-                return [self._arguments(rank, node)[0][0] for rank, node in enumerate(nodes)]
-            for values, node, result in zip(self.values, nodes, self._step(nodes), strict=True):
-                values[node] = result
+        while True:
+            nodes = [rank.to_next_meeting() for rank in self.ranks]
+            given = [rank.arguments(node) for rank, node in zip(self.ranks, nodes, strict=True)]
+            first = nodes[0]
+            if any(node.op != first.op or node.target != first.target for node in nodes):
+                raise VerifyError(
+                    "CP404", f"ranks meet in different nodes: {[n.name for n in nodes]}", "please report this"
+                )
+            if first.op == "output":
+                return [args[0] for args, _ in given]
+            for rank, node, result in zip(self.ranks, nodes, _exchange(first, given), strict=True):
+                rank.values[node] = result
+
+
+def _exchange(node: fx.Node, given: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[Any]:
+    """What a collective, or the meaning of a canonical op, gives each rank."""
+    if node.target is c10d.all_gather_into_tensor.default:
+        gathered = torch.cat([args[0] for args, _ in given])
+        return [gathered.clone() for _ in given]
+    name = CANONICAL[node.target]
+    per_rank = PER_RANK.get(name, 1)
+    stacked = [[args[i] for args, _ in given] for i in range(per_rank)]
+    return MEANINGS[name](*stacked, *given[0][0][per_rank:])
+
+
+class _Rank:
+    """One rank's graph, run node by node."""
+
+    def __init__(self, gm: fx.GraphModule, inputs: list[Any]) -> None:
+        self.gm, self.inputs, self.nodes = gm, iter(inputs), iter(gm.graph.nodes)
+        self.values: dict[fx.Node, Any] = {}
+
+    def to_next_meeting(self) -> fx.Node:
+        """Run up to a node that needs the other ranks, or the output."""
+        node: fx.Node
+        for node in self.nodes:
+            if node.op == "output" or node.target is c10d.all_gather_into_tensor.default or node.target in CANONICAL:
+                return node
+            self.values[node] = self._run(node)
         raise AssertionError("a graph without an output")
 
-    def _step(self, nodes: tuple[fx.Node, ...]) -> list[Any]:
-        first = nodes[0]
-        if first.op == "placeholder":
-            return [next(given) for given in self.inputs]
-        if first.op == "get_attr":
-            return [operator.attrgetter(str(n.target))(gm) for n, gm in zip(nodes, self.graphs, strict=True)]
-        given = [self._arguments(rank, node) for rank, node in enumerate(nodes)]
-        if first.target is c10d.all_gather_into_tensor.default:
-            gathered = torch.cat([args[0] for args, _ in given])
-            return [gathered.clone() for _ in nodes]
-        if first.target is c10d.wait_tensor.default:
-            return [args[0] for args, _ in given]
-        if first.target in CANONICAL:
-            return self._meaning(CANONICAL[first.target], [args for args, _ in given])
-        return [node.target(*args, **kwargs) for node, (args, kwargs) in zip(nodes, given, strict=True)]  # type: ignore[operator]
+    def _run(self, node: fx.Node) -> Any:
+        if node.op == "placeholder":
+            return next(self.inputs)
+        if node.op == "get_attr":
+            return operator.attrgetter(str(node.target))(self.gm)
+        args, kwargs = self.arguments(node)
+        if node.target is c10d.wait_tensor.default:
+            return args[0]
+        return node.target(*args, **kwargs)  # type: ignore[operator]
 
-    def _meaning(self, name: str, given: list[tuple[Any, ...]]) -> list[Any]:
-        per_rank = PER_RANK.get(name, 1)
-        stacked = [[args[i] for args in given] for i in range(per_rank)]
-        return MEANINGS[name](*stacked, *given[0][per_rank:])
-
-    def _arguments(self, rank: int, node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self.values[rank][n])
+    def arguments(self, node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self.values[n])
         return args, kwargs
