@@ -14,7 +14,7 @@ from cppass.prepare import prepare
 from cppass.report import LEFT_ALONE, REFUSED, REWRITTEN, Report, describe_gathers, describe_site, mask_notes
 from cppass.rewrite import rewrite
 from cppass.rules import shape_of
-from cppass.shard import propagate
+from cppass.shard import propagate, unify_sizes
 from cppass.site import AttentionSite
 from cppass.step import Step, step_of, too_short
 from cppass.verify import verify
@@ -38,6 +38,8 @@ def rewrite_graph(gm: fx.GraphModule, config: CPConfig, cp_size: int) -> Report:
         reason = too_short(found.sites, cp_size, config.min_tokens)
         if reason:
             return dataclasses.replace(base, reason=reason)
+    if found.sites:
+        unify_sizes(graph, found.sites)
     step = step_of(found.sites, cp_size) if found.sites else None
     refusals = (*found.refusals, *([step] if isinstance(step, Refusal) else []))
     if refusals or not isinstance(step, Step):

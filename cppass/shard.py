@@ -13,10 +13,11 @@ import operator
 from torch import fx
 
 from cppass.match import matcher_of
+from cppass.match.kv import write_of
 from cppass.op_rules import contraction_is_one, is_matmul, rule_of
 from cppass.rules import Transfer, is_tensor, shape_of, tensor_operands
 from cppass.site import AttentionSite, Rewrite
-from cppass.tokens import Counts, Size, State, Tokens
+from cppass.tokens import Counts, Size, State, Tokens, size_of
 
 STATES_PER_NODE = 4  # ways kept per node; one is usual, two for score matrices
 
@@ -68,6 +69,25 @@ def propagate(graph: fx.Graph, sites: tuple[AttentionSite, ...]) -> Propagation:
             trunk.add(node)
     unreached = {node: states for node, states in seeds.items() if not ways.get(node)}
     return Propagation(tokens, {n: w for n, w in ways.items() if w}, unreached, frozenset(trunk))
+
+
+def unify_sizes(graph: fx.Graph, sites: tuple[AttentionSite, ...]) -> None:
+    """Symbolic sizes that carry tokens and are equal in this call become one symbol, guarded.
+
+    A graph may hold the token count under several names: ids [s1], positions [s2] and slots [s3] come from different
+    inputs, and ops such as rope do not compare them. A later call in which they differ gets a graph of its own.
+    """
+    tokens = sites[0].query.meta["val"].shape[sites[0].query_dim]
+    if isinstance(tokens, int):
+        return
+    site_of = {site.node: site for site in sites if site.rewrite is not Rewrite.ROWWISE}
+    seeds = _seeds(graph, sites, site_of, size_of(tokens))
+    sizes = [node.meta["val"].shape[state.dim] for node, states in seeds.items() for state in states if state.bare]
+    for site in sites:
+        writes = [write_of(user) for node in site.writes for user in (node, *node.users)]
+        sizes += [w.slots.meta["val"].shape[0] for w in writes if w is not None and w.slots is not None]
+    for size in sizes:
+        bool(size == tokens)
 
 
 def _site_way(site: AttentionSite, operands: list[fx.Node]) -> Transfer:

@@ -49,7 +49,7 @@ def step_of(sites: tuple[AttentionSite, ...], cp_size: int) -> Step | Refusal:
         if _sizes(site.ends) != _sizes(first.ends):
             return _unlike(site, f"sequences that end at {_sizes(site.ends)}", f"{_sizes(first.ends)}")
     lengths = lengths_of(first)
-    if first.ends and bool(sum(lengths) != tokens):
+    if first.ends and not bool(sum(lengths) == tokens):
         return refuse(
             "CP109",
             first.node,

@@ -39,6 +39,11 @@ class Tokens:
         """True where the value can be sharded from, and gathered to, its Full value."""
         return not self.order and self.points is None
 
+    @property
+    def bare(self) -> bool:
+        """True where the dimension is the tokens and nothing else."""
+        return self.plain and (self.outer, self.inner) == (1, 1)
+
     def at(self, dim: int) -> Tokens:
         return dataclasses.replace(self, dim=dim)
 

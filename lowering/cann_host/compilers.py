@@ -11,6 +11,7 @@ Every private name is in this module; all were seen in torch_npu 2.13.0, which c
                  npu_fx_compiler._compile_py_code                                makes a stream: None
     both         _acl_concrete_graph.acl_graph.AclGraph.__init__ reads the current device: 0; compile captures: an error
                  _utils.error_code.pretty_error_msg                              rebuilds errors: left as they are
+                 _utils.check_platform.is_arch35                                 asks for the chip: no (Ascend 910B)
 """
 
 from __future__ import annotations
@@ -94,7 +95,14 @@ def _patch_error_messages(module: Any) -> None:
     _replace(module, "pretty_error_msg", lambda function: function)
 
 
+def _patch_platform(module: Any) -> None:
+    """_utils.check_platform: conversions ask for the chip; they are made as for Ascend 910B."""
+    _replace(module, "is_arch35", lambda: False)
+
+
 PATCHES: dict[str, Callable[[Any], None]] = {  # each as soon as its module is executed, before others import from it
+    "torchair._utils.check_platform": _patch_platform,
+    "npugraph_ex._utils.check_platform": _patch_platform,
     "torchair._utils.error_code": _patch_error_messages,
     "torchair.core._backend": _patch_graph_engine,
     "torchair._ge_concrete_graph.compat_ir": _patch_compat,

@@ -140,8 +140,9 @@ def _dense(emit: Emitter, x: fx.Node) -> fx.Node:
 
 
 def _joined(emit: Emitter, halves: list[fx.Node], dim: int, padding: Any) -> fx.Node:
-    joined = halves[0] if len(halves) == 1 else emit(aten.cat.default, halves, dim)
-    if isinstance(padding, int) and padding == 0:
-        return joined
-    after = joined.meta["val"].dim() - 1 - dim
-    return emit(aten.constant_pad_nd.default, joined, [0, 0] * after + [0, node_of(padding)])
+    """The halves one after the other, then zeros in the padding rows."""
+    first = halves[0].meta["val"]
+    if not (isinstance(padding, int) and padding == 0):
+        sizes = [emit.size(halves[0], d) if d != dim else node_of(padding) for d in range(first.dim())]
+        halves = [*halves, emit(aten.full.default, sizes, 0, dtype=first.dtype, device=first.device)]
+    return halves[0] if len(halves) == 1 else emit(aten.cat.default, halves, dim)

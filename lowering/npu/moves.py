@@ -74,7 +74,7 @@ def _rows_at(
     owner = emit(aten.index_select.default, rows.home_ranks(layout), 0, index)
     own = emit(aten.index_select.default, _moved(emit, x, dim, 0), 0, row)
     gathered = emit.all_gather(own, ranks)
-    count = index.meta["val"].shape[0]
+    count = emit.size(index, 0)
     place = emit(aten.add.Tensor, emit(aten.mul.Tensor, owner, count), rows.span(0, count))
     return _moved(emit, emit(aten.index_select.default, gathered, 0, place), 0, dim)
 

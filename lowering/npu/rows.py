@@ -66,8 +66,8 @@ class Rows:
         """The rows of some spans, one after the other."""
         return self._index("spans", tuple(node_of(n) for s in spans for n in s), lambda: [("count", *s) for s in spans])
 
-    def span(self, first: int | fx.Node, count: int) -> fx.Node:
-        return self.spans([(self.emit.numbers(first), count)])
+    def span(self, first: int | fx.Node, count: int | fx.Node) -> fx.Node:
+        return self.spans([(self.emit.numbers(first), self.emit.numbers(count))])
 
     def _index(self, name: str, of: Any, pieces: Callable[[], list[tuple[str, Any, Any]]]) -> fx.Node:
         key = (name, *(node_of(n) for n in of.lengths)) if isinstance(of, Zigzag) else (name, *of)
