@@ -41,9 +41,10 @@ def fused_attention(emit: Emitter, rows: Rows, node: fx.Node, ranks: Ranks) -> l
             continue  # the op refuses an empty query
         results.append(_call(emit, rows, given, call, start, dim))
         start = start + call.rows
-    padding = 0 if layout.even else layout.local_rows - start
-    out = _joined(emit, [r[0] for r in results], dim, padding)
-    return [out, _joined(emit, [r[1] for r in results], LSE_DIM[given["input_layout"]], padding)] if given["lse"] else [out]
+    joined = [_joined(emit, [r[0] for r in results], dim, layout, ranks.rank)]
+    if given["lse"]:
+        joined.append(_joined(emit, [r[1] for r in results], LSE_DIM[given["input_layout"]], layout, ranks.rank))
+    return joined
 
 
 def _list_call(emit: Emitter, layout: Zigzag, rank: int, half: Half, given: dict[str, Any]) -> HalfCall:
@@ -139,10 +140,17 @@ def _dense(emit: Emitter, x: fx.Node) -> fx.Node:
     return emit(aten.clone.default, x, memory_format=torch.contiguous_format)
 
 
-def _joined(emit: Emitter, halves: list[fx.Node], dim: int, padding: Any) -> fx.Node:
-    """The halves one after the other, then zeros in the padding rows."""
+def _joined(emit: Emitter, halves: list[fx.Node], dim: int, layout: Zigzag, rank: int) -> fx.Node:
+    """The halves one after the other, then zeros in the padding rows.
+
+    There is at most one row of padding a sequence: so many are added and what is too much is cut off, since a size that
+    may be 0 would get graphs of its own.
+    """
     first = halves[0].meta["val"]
-    if not (isinstance(padding, int) and padding == 0):
-        sizes = [emit.size(halves[0], d) if d != dim else node_of(padding) for d in range(first.dim())]
+    known = isinstance(layout.local_rows, int)
+    padding = layout.local_rows - layout.real_rows(rank) if known else len(layout.lengths)
+    if padding and not layout.even:
+        sizes = [emit.size(halves[0], d) if d != dim else padding for d in range(first.dim())]
         halves = [*halves, emit(aten.full.default, sizes, 0, dtype=first.dtype, device=first.device)]
-    return halves[0] if len(halves) == 1 else emit(aten.cat.default, halves, dim)
+    joined = halves[0] if len(halves) == 1 else emit(aten.cat.default, halves, dim)
+    return joined if known or layout.even else emit(aten.slice.Tensor, joined, dim, 0, node_of(layout.local_rows))

@@ -57,8 +57,8 @@ def gather_rows(emit: Emitter, rows: Rows, node: fx.Node, ranks: Ranks) -> fx.No
     """Rows [start, start + count), a negative start counting from the last token."""
     x, dim, start, count, *layout = _arguments(node)
     cut = rows.layout(*layout)
-    first = cut.tokens + start if start < 0 else start
-    return _rows_at(emit, rows, x, dim, rows.span(node_of(first), count), cut, ranks)
+    first = emit.numbers(start) + cut.tokens if isinstance(start, int) and start < 0 else emit.numbers(start)
+    return _rows_at(emit, rows, x, dim, rows.spans([(first, count)]), cut, ranks)
 
 
 def gather_rows_at(emit: Emitter, rows: Rows, node: fx.Node, ranks: Ranks) -> fx.Node:
@@ -70,12 +70,11 @@ def _rows_at(
     emit: Emitter, rows: Rows, x: fx.Node, dim: int, index: fx.Node, layout: Zigzag, ranks: Ranks
 ) -> fx.Node:
     """Every rank sends the local rows at which the owners hold them; then each row is taken from its owner."""
-    row = emit(aten.index_select.default, rows.home_rows(layout), 0, index)
-    owner = emit(aten.index_select.default, rows.home_ranks(layout), 0, index)
+    owner, row = rows.homes_of(layout, index)
     own = emit(aten.index_select.default, _moved(emit, x, dim, 0), 0, row)
     gathered = emit.all_gather(own, ranks)
     count = emit.size(index, 0)
-    place = emit(aten.add.Tensor, emit(aten.mul.Tensor, owner, count), rows.span(0, count))
+    place = emit(aten.add.Tensor, emit(aten.mul.Tensor, owner, count), rows.spans([(0, emit.numbers(count))]))
     return _moved(emit, emit(aten.index_select.default, gathered, 0, place), 0, dim)
 
 

@@ -1,6 +1,7 @@
 """Where rows are, as index tensors in the graph: made once, shared by all layers. No device-to-host copy.
 
-With known lengths they are constants; with symbolic ones they are cut from arange by the lengths' arithmetic.
+With known lengths they are constants. With symbolic ones they are arithmetic on arange: sizes that may be 0 or 1, which
+torch would give graphs of their own, never appear.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from cppass.layout import Zigzag
 aten = torch.ops.aten
 
 Span = tuple[Any, Any]  # (first row, rows)
+Piece = tuple[Any, Any]  # (start, value there)
 
 
 class Rows:
@@ -37,59 +39,100 @@ class Rows:
         return Zigzag(tuple(self.emit.numbers(n) for n in lengths), cp_size, even)
 
     def local(self, layout: Zigzag) -> fx.Node:
-        """Natural rows of this rank's rows [m]; padding repeats the last token."""
-        padding = layout.local_rows - layout.real_rows(self.rank) if not layout.even else 0
-        tail = [("repeat", layout.tokens - 1, padding)]
-        return self._index("local", layout, lambda: [("count", *s) for s in layout.spans(self.rank)] + tail)
+        """Natural rows of this rank's rows [m]; padding takes any row that is there."""
+
+        def pieces() -> list[Piece]:
+            found = _placed(layout.spans(self.rank))
+            padding = 0 if layout.even else layout.local_rows - layout.real_rows(self.rank)
+            return found if _is_none(padding) else [*found, (layout.real_rows(self.rank), layout.tokens - 1)]
+
+        index = self._made("local", layout, layout.local_rows, pieces)
+        if layout.even or isinstance(layout.local_rows, int):
+            return index
+        return self._once(("clamped", index), lambda: self.emit(aten.clamp.default, index, None, node_of(layout.tokens - 1)))
 
     def restored(self, layout: Zigzag) -> fx.Node:
         """Where natural rows are among gathered rows [S]."""
         m = layout.local_rows
-        return self._index(
-            "restored", layout, lambda: [("count", m * rank + first, rows) for rank, first, rows in layout.homes()]
-        )
 
-    def home_ranks(self, layout: Zigzag) -> fx.Node:
-        """The rank that holds each natural row [S]."""
-        return self._index("ranks", layout, lambda: [("repeat", rank, rows) for rank, _, rows in layout.homes()])
+        def pieces() -> list[Piece]:
+            return _placed((m * rank + first, rows) for rank, first, rows in layout.homes())
 
-    def home_rows(self, layout: Zigzag) -> fx.Node:
-        """The local row, on its rank, of each natural row [S]."""
-        return self._index("rows", layout, lambda: [("count", first, rows) for _, first, rows in layout.homes()])
+        return self._made("restored", layout, layout.tokens, pieces)
 
     def gathered(self, layout: Zigzag) -> fx.Node:
         """Natural rows of gathered rows [S], of an even layout."""
-        every = [span for rank in range(layout.cp_size) for span in layout.spans(rank)]
-        return self._index("gathered", layout, lambda: [("count", *span) for span in every])
+
+        def pieces() -> list[Piece]:
+            return _placed(span for rank in range(layout.cp_size) for span in layout.spans(rank))
+
+        return self._made("gathered", layout, layout.tokens, pieces)
 
     def spans(self, spans: list[Span]) -> fx.Node:
         """The rows of some spans, one after the other."""
-        return self._index("spans", tuple(node_of(n) for s in spans for n in s), lambda: [("count", *s) for s in spans])
+        total = sum(rows for _, rows in spans)
+        return self._made("spans", [n for span in spans for n in span], total, lambda: _placed(spans))
 
-    def span(self, first: int | fx.Node, count: int | fx.Node) -> fx.Node:
-        return self.spans([(self.emit.numbers(first), self.emit.numbers(count))])
+    def homes_of(self, layout: Zigzag, index: fx.Node) -> tuple[fx.Node, fx.Node]:
+        """(rank, local row on that rank) of the natural rows that `index` [n] names."""
+        homes = _placed((rank, rows) for rank, _, rows in layout.homes())
+        firsts = _placed((first, rows) for _, first, rows in layout.homes())
+        return self._mapped(index, homes, slope=0), self._mapped(index, firsts, slope=1)
 
-    def _index(self, name: str, of: Any, pieces: Callable[[], list[tuple[str, Any, Any]]]) -> fx.Node:
-        key = (name, *(node_of(n) for n in of.lengths)) if isinstance(of, Zigzag) else (name, *of)
+    # -- piecewise functions of row numbers --
+
+    def _made(self, name: str, of: Any, size: Any, pieces: Callable[[], list[Piece]]) -> fx.Node:
+        """The piecewise function of 0, 1, ... size - 1, made once."""
+        numbers = of.lengths if isinstance(of, Zigzag) else of
+
+        def make() -> fx.Node:
+            found = pieces()
+            if isinstance(size, int) and all(isinstance(n, int) for piece in found for n in piece):
+                return self.emit.constant(_values(found, size), self.device)
+            counted = self.emit(aten.arange.default, node_of(size), dtype=torch.int64, device=self.device)
+            return self._mapped(counted, found, slope=1)
+
+        return self._once((name, *(node_of(n) for n in numbers)), make)
+
+    def _once(self, key: tuple[Any, ...], make: Callable[[], fx.Node]) -> fx.Node:
         if key not in self.made:
-            self.made[key] = self._joined([p for p in pieces() if not (isinstance(p[2], int) and p[2] == 0)])
+            self.made[key] = make()
         return self.made[key]
 
-    def _joined(self, pieces: list[tuple[str, Any, Any]]) -> fx.Node:
-        if all(isinstance(n, int) for _, first, rows in pieces for n in (first, rows)):
-            values = [v for kind, first, rows in pieces for v in _values(kind, first, rows)]
-            return self.emit.constant(values, self.device)
-        parts = [self._part(kind, first, rows) for kind, first, rows in pieces]
-        return parts[0] if len(parts) == 1 else self.emit(aten.cat.default, parts)
+    def _mapped(self, x: fx.Node, pieces: list[Piece], slope: int) -> fx.Node:
+        """f(x), where f(x) = value + slope * (x - start) from each piece's start on; starts do not decrease.
 
-    def _part(self, kind: str, first: Any, rows: Any) -> fx.Node:
-        how = {"dtype": torch.int64, "device": self.device}
-        if kind == "repeat":
-            counted = self.emit(aten.arange.start, 0, node_of(rows), **how)
-            zeros = self.emit(aten.mul.Tensor, counted, 0)
-            return self.emit(aten.add.Tensor, zeros, node_of(first))
-        return self.emit(aten.arange.start, node_of(first), node_of(first + rows), **how)
+        before:  pieces (0, 5), (3, 9), slope 1        after:  x + 5 + (x >= 3) * 1        0 1 2 3 4 -> 5 6 7 9 10
+        """
+        offsets = [value - start * slope for start, value in pieces]
+        result = x if slope else self.emit(aten.mul.Tensor, x, 0)
+        if not _is_none(offsets[0]):
+            result = self.emit(aten.add.Tensor, result, node_of(offsets[0]))
+        for (start, _), before, here in zip(pieces[1:], offsets, offsets[1:], strict=False):
+            step = here - before
+            if _is_none(step):
+                continue
+            reached = self.emit(aten._to_copy.default, self.emit(aten.ge.Scalar, x, node_of(start)), dtype=torch.int64)
+            result = self.emit(aten.add.Tensor, result, self.emit(aten.mul.Tensor, reached, node_of(step)))
+        return result
 
 
-def _values(kind: str, first: int, rows: int) -> list[int]:
-    return [first] * rows if kind == "repeat" else list(range(first, first + rows))
+def _placed(spans: Iterable[Span]) -> list[Piece]:
+    """Spans, one after the other, as (where it starts among them, its first row); those known to be empty left out."""
+    pieces: list[Piece] = []
+    start: Any = 0
+    for first, rows in spans:
+        if not _is_none(rows):
+            pieces.append((start, first))
+            start = start + rows
+    return pieces
+
+
+def _is_none(number: Any) -> bool:
+    return isinstance(number, int) and number == 0
+
+
+def _values(pieces: list[Piece], size: int) -> list[int]:
+    ends = [start for start, _ in pieces[1:]] + [size]
+    spans = zip(pieces, ends, strict=True)
+    return [first + row for (start, first), end in spans for row in range(end - start)]
