@@ -29,6 +29,11 @@ V1 = {"q": "actual_seq_lengths", "kv": "actual_seq_lengths_kv", "heads": "num_he
 V2 = {"q": "actual_seq_qlen", "kv": "actual_seq_kvlen", "heads": "num_query_heads", "scale": "softmax_scale"}
 
 
+def is_fused(node: fx.Node) -> bool:
+    """A call of the op, in any of its forms."""
+    return "fused_infer_attention_score" in getattr(node.target, "_name", "")
+
+
 def fused_attention(emit: Emitter, rows: Rows, node: fx.Node, ranks: Ranks) -> list[fx.Node]:
     """Output and log-sum-exp (where it is asked for) of this rank's rows; zeros in padding rows."""
     names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]

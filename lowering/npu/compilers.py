@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from cppass.errors import CPError
+from lowering.npu.hoist import computed_lengths, hoist_lengths
 
 
 def compile_with(gm: fx.GraphModule, example_inputs: Sequence[Any], inner: str) -> Callable[..., Any]:
@@ -41,7 +42,15 @@ def _npugraph_ex(gm: fx.GraphModule, example_inputs: Sequence[Any], on_host: boo
     except ImportError as error:
         raise _missing("npugraph_ex", error) from error
     options = {"force_eager": True} if on_host else {}
-    return npugraph_ex.compile_fx(gm, list(example_inputs), options)  # type: ignore[no-any-return]
+    if not computed_lengths(gm):
+        return npugraph_ex.compile_fx(gm, list(example_inputs), options)  # type: ignore[no-any-return]
+    inputs, host = hoist_lengths(gm, example_inputs)
+    compiled = npugraph_ex.compile_fx(gm, inputs, options)
+
+    def run(*args: Any) -> Any:
+        return compiled(*args, *host(*args))
+
+    return run
 
 
 def _torchair(gm: fx.GraphModule, example_inputs: Sequence[Any], on_host: bool) -> Callable[..., Any]:
