@@ -28,6 +28,7 @@ from cppass.errors import (  # noqa: E402
 if TYPE_CHECKING:
     from cppass.api import explain, run_pass, unwrap
     from cppass.backend import npu_cp
+    from cppass.hook import npu_pass
     from cppass.report import Report, clear_reports, last_report, reports
     from cppass.simulator import simulate
 
@@ -48,6 +49,7 @@ __all__ = [
     "explain",
     "last_report",
     "npu_cp",
+    "npu_pass",
     "reports",
     "run_pass",
     "simulate",
@@ -59,6 +61,7 @@ _LATE = {
     "run_pass": "cppass.api",
     "unwrap": "cppass.api",
     "npu_cp": "cppass.backend",
+    "npu_pass": "cppass.hook",
     "Report": "cppass.report",
     "clear_reports": "cppass.report",
     "last_report": "cppass.report",

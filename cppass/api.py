@@ -11,7 +11,7 @@ from torch import fx
 
 from cppass.capture import capture, install
 from cppass.config import CPConfig
-from cppass.errors import CPError, OptionError, RefusedError
+from cppass.errors import CPError, OptionError, refused_error
 from cppass.pipeline import rewrite_graph
 from cppass.ranks import ranks_without_group
 from cppass.report import REFUSED, REWRITTEN, Report
@@ -52,7 +52,7 @@ def run_pass(
     captured = capture(gm, example_inputs)
     report = rewrite_graph(captured, config, ranks.cp_size)
     if report.status == REFUSED and config.on_refusal == "raise":
-        raise RefusedError(report.refusals)
+        raise refused_error(report.refusals)
     if report.status == REWRITTEN and lower:
         load(target_of(captured, config)[0]).lower(captured, ranks)
     if report.status == REWRITTEN and captured is not gm:

@@ -15,7 +15,7 @@ from torch import fx
 
 from cppass import torch_private
 from cppass.config import CPConfig
-from cppass.errors import CPError, CPWarning, InternalError, OptionError, RefusedError, Unsupported
+from cppass.errors import CPError, CPWarning, InternalError, OptionError, Unsupported, refused_error
 from cppass.guard import agree_on_inputs
 from cppass.pipeline import rewrite_graph
 from cppass.ranks import ranks_of
@@ -101,7 +101,7 @@ def _check_devices(gm: fx.GraphModule, target: str) -> None:
 
 
 def _refused(report: Report, config: CPConfig) -> None:
-    error = RefusedError(report.refusals)
+    error = refused_error(report.refusals)
     if config.on_refusal == "raise":
         raise error
     warnings.warn(f"cppass: this graph runs unsharded on every rank: {error}", CPWarning, stacklevel=2)

@@ -21,9 +21,10 @@ class CPError(RuntimeError):
         hint: what the user can do about it.
     """
 
-    def __init__(self, code: str, message: str, hint: str = "") -> None:
+    def __init__(self, code: str, message: str = "", hint: str = "") -> None:
         self.code, self.message, self.hint = code, message, hint
-        super().__init__(f"[{code}] {message}" + (f"\n  way out: {hint}" if hint else ""))
+        text = f"[{code}] {message}" + (f"\n  way out: {hint}" if hint else "")
+        super().__init__(text if message else code)  # a whole text: torchair builds errors of other errors' texts
 
     def __reduce__(self) -> tuple[object, ...]:
         return (_rebuild, (type(self), self.code, self.message, self.hint))
@@ -46,14 +47,30 @@ class Unsupported(CPError, NotImplementedError):
 class RefusedError(CPError):
     """The graph holds something that cannot be rewritten correctly; nothing was rewritten."""
 
-    def __init__(self, refusals: tuple[Refusal, ...]) -> None:
+    def __init__(self, refusals: tuple[Refusal, ...] | str) -> None:
+        if isinstance(refusals, str):  # a whole text, as CPError takes it
+            self.refusals: tuple[Refusal, ...] = ()
+            super().__init__(refusals)
+            return
         self.refusals = refusals
         first, rest = refusals[0], len(refusals) - 1
         more = f"\n  and {rest} more of the same kind" if rest else ""
         super().__init__(first.code, first.why + first.place() + more, first.hint)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (RefusedError, (self.refusals,))
+        return (type(self), (self.refusals,))
+
+
+class UnsupportedRefusal(RefusedError, NotImplementedError):
+    """The graph asks for a named feature that cppass does not rewrite (yet); nothing was rewritten."""
+
+
+def refused_error(refusals: tuple[Refusal, ...]) -> RefusedError:
+    """The error of these refusals; a NotImplementedError where the first is about a named feature."""
+    return (UnsupportedRefusal if refusals[0].code in FEATURE_CODES else RefusedError)(refusals)
+
+
+FEATURE_CODES = ("CP110", "CP111")
 
 
 class VerifyError(CPError):

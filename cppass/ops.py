@@ -27,7 +27,8 @@ _library = OpLibrary("cppass")
 SCHEMAS = {
     "shard": "(Tensor x, int dim, SymInt inner, SymInt[] lengths, int cp_size, bool even) -> Tensor",
     "gather": (
-        "(Tensor[] xs, int[] dims, SymInt[] inners, SymInt[] lengths, int cp_size, bool even, bool natural) -> Tensor[]"
+        "(Tensor[] xs, int[] dims, SymInt[] inners, SymInt[] lengths, int cp_size, bool even, "
+        "bool natural=True) -> Tensor[]"
     ),
     "gather_rows": "(Tensor x, int dim, SymInt start, int count, SymInt[] lengths, int cp_size, bool even) -> Tensor",
     "gather_rows_at": "(Tensor x, int dim, Tensor index, SymInt[] lengths, int cp_size, bool even) -> Tensor",
@@ -98,7 +99,7 @@ def gather(
     lengths: list[int],
     cp_size: int,
     even: bool,
-    natural: bool,
+    natural: bool = True,
 ) -> list[list[Tensor]]:
     """Several Local values [.., outer * m * inner, ..] -> Full ones, the same bits on every rank.
 

@@ -25,7 +25,7 @@ from cppass.match.kv import VIEWS
 from cppass.plan import SIZES, CPPlan, Full, Local
 from cppass.rules import Transfer, is_tensor, iter_nodes, shape_of, tensor_operands
 from cppass.site import AttentionSite, FusedAttention, Lengths, Rewrite
-from cppass.tokens import Size, State, Tokens, size_of
+from cppass.tokens import Size, State, Tokens, size_of, sizes_of
 from cppass.torch_private import fake_mode_of
 
 aten = torch.ops.aten
@@ -365,6 +365,14 @@ def _value(node: fx.Node) -> Any:
 
 
 def _same_layout(old: fx.Node, new: fx.Node) -> bool:
-    """Whether a node may keep the metadata it had with this operand: the same value, or no tensor."""
-    value = old.meta.get("val")
-    return value is new.meta.get("val") or not isinstance(value, (torch.Tensor, tuple, list))
+    """Whether a node may keep the metadata it had with this operand: equal sizes and strides, or no tensor."""
+    before, after = old.meta.get("val"), new.meta.get("val")
+    if before is after or not isinstance(before, (torch.Tensor, tuple, list)):
+        return True
+    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
+        return False
+    return sizes_of(before.shape) == sizes_of(after.shape) and _strides(before) == _strides(after)
+
+
+def _strides(x: torch.Tensor) -> tuple[Size, ...]:
+    return tuple(size_of(s) for s in x.stride())

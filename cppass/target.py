@@ -31,6 +31,9 @@ class Target(Protocol):
     def lower(self, gm: fx.GraphModule, ranks: Ranks) -> None:
         """Replace every canonical op of `gm`, in place."""
 
+    def computed_lengths(self, gm: fx.GraphModule) -> list[fx.Node]:
+        """Lengths in the lowered graph that some compilers cannot take, because they are no inputs of the graph."""
+
     def compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any], inner: str) -> Callable[..., Any]:
         """What runs the lowered graph; takes the graph's inputs, returns its outputs."""
 

@@ -156,7 +156,8 @@ class _Typing:
         return Tokens(dim, outer, _size(inner))
 
     def _gather(self, node: fx.Node) -> State | None:
-        xs, dims, inners, *_, natural = node.args
+        xs, dims, inners, *_ = node.args
+        natural = len(node.args) < 7 or node.args[6]
         if not natural and not (self.layout.even and set(dims) == {0} and set(inners) == {1}):  # type: ignore[arg-type]
             raise _illegal(node, "leaves rows in gathered order where there is padding, or in an inner dimension")
         for x, dim, inner in zip(xs, dims, inners, strict=True):  # type: ignore[arg-type]

@@ -43,6 +43,9 @@ class HostTarget:
         gm.graph.lint()
         gm.recompile()
 
+    def computed_lengths(self, gm: fx.GraphModule) -> list[fx.Node]:
+        return []
+
     def compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any], inner: str) -> Callable[..., Any]:
         if inner == "inductor":
             return compile_with_inductor(gm, example_inputs)
@@ -55,7 +58,7 @@ def _shard(emit: Emitter, node: fx.Node, ranks: Ranks) -> fx.Node:
 
 
 def _gather(emit: Emitter, node: fx.Node, ranks: Ranks) -> fx.Node:
-    args = node.args[:-1]  # always in natural order
+    args = node.args[:6]  # always in natural order
     packed = emit(host.pack.default, *args)
     return emit(host.unpack.default, emit.all_gather(packed, ranks), *args)
 

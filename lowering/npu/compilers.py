@@ -1,4 +1,4 @@
-"""What compiles a lowered NPU graph: nothing (eager), npugraph_ex (ACL graph) or torchair (GE). Seen in torch_npu 2.13.0.
+"""What compiles a lowered NPU graph: nothing (eager), npugraph_ex (ACL graph) or torchair (GE); of torch_npu 2.13.0.
 
 Without an NPU both compilers run all their passes and then execute the graph on CPU tensors: npugraph_ex by its option
 force_eager, torchair by debug.run_eagerly.
@@ -6,6 +6,7 @@ force_eager, torchair by debug.run_eagerly.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,11 +37,8 @@ def _has_device(gm: fx.GraphModule) -> bool:
 
 
 def _npugraph_ex(gm: fx.GraphModule, example_inputs: Sequence[Any], on_host: bool) -> Callable[..., Any]:
-    try:
-        import torchair  # noqa: F401  (in torch_npu 2.13.0 npugraph_ex cannot be imported before it)
-        import npugraph_ex
-    except ImportError as error:
-        raise _missing("npugraph_ex", error) from error
+    _, _, npugraph_ex = _imported("torch_npu", "torchair", "npugraph_ex")
+    register_writes()
     options = {"force_eager": True} if on_host else {}
     if not computed_lengths(gm):
         return npugraph_ex.compile_fx(gm, list(example_inputs), options)  # type: ignore[no-any-return]
@@ -54,14 +52,33 @@ def _npugraph_ex(gm: fx.GraphModule, example_inputs: Sequence[Any], on_host: boo
 
 
 def _torchair(gm: fx.GraphModule, example_inputs: Sequence[Any], on_host: bool) -> Callable[..., Any]:
-    try:
-        import torchair
-    except ImportError as error:
-        raise _missing("torchair", error) from error
+    _, torchair = _imported("torch_npu", "torchair")
     config = torchair.CompilerConfig()
     config.debug.run_eagerly = on_host
     return torchair.get_compiler(config)(gm, list(example_inputs))  # type: ignore[no-any-return]
 
 
-def _missing(name: str, error: ImportError) -> CPError:
-    return CPError("CP502", f"{name} cannot be imported: {error}", 'pip install "cppass[npu-host]", or inner="eager"')
+def register_writes() -> None:
+    """Let npugraph_ex turn the functional npu_scatter_pa_kv_cache back into the one that writes the cache in place.
+
+    It knows npu_scatter_nd_update and others by itself; without this a step would copy whole caches. Private.
+    """
+    module = _imported("torch_npu", "torchair", "npugraph_ex._acl_concrete_graph.graph_pass")[-1]
+    register = getattr(module, "register_inplaceable_npu_op", None)
+    if register is None:
+        raise CPError(
+            "CP504",
+            "npugraph_ex has no register_inplaceable_npu_op: this is a version that cppass does not know",
+            "install torch_npu 2.13.0, or write the cache with npu_scatter_nd_update_",
+        )
+    register("npu_scatter_pa_kv_cache_functional", "npu_scatter_pa_kv_cache", mutated_arg=[2, 3])
+
+
+def _imported(*names: str) -> list[Any]:
+    """Modules, imported in this order: torch_npu makes the others importable, and torchair has to precede npugraph_ex."""
+    try:
+        return [importlib.import_module(name) for name in names]
+    except ImportError as error:
+        raise CPError(
+            "CP502", f"{names[-1]} cannot be imported: {error}", 'pip install "cppass[npu-host]", or inner="eager"'
+        ) from error

@@ -1,8 +1,8 @@
 """Computed lengths as graph inputs: an ACL graph rebinds lengths per step from its inputs, and only from those.
 
-before:  n = floordiv(s, 4)                                    after:  def host(s): return (s // 4,)
-         fused_infer_attention(..., actual_seq_lengths=[n])           fused_infer_attention(..., actual_seq_lengths=[length_0])
-         graph(x, s)                                                  graph(x, s, *host(x, s))
+before:  n = floordiv(s, 4)                            after:  def host(x, s): return (s // 4,)
+         attention(..., actual_seq_lengths=[n])               attention(..., actual_seq_lengths=[length_0])
+         graph(x, s)                                          graph(x, s, *host(x, s))
 """
 
 from __future__ import annotations

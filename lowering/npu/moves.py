@@ -32,7 +32,7 @@ def gather(emit: Emitter, rows: Rows, node: fx.Node, ranks: Ranks) -> list[fx.No
 
     before:  k [m, H, D], v [m, H, D]      after:  all_gather([m, 2 * H * D]) -> k [S, H, D], v [S, H, D]
     """
-    xs, dims, inners, lengths, cp_size, even, natural = _arguments(node)
+    xs, dims, inners, lengths, cp_size, even, natural = (*_arguments(node), True)[:7]
     layout = rows.layout(lengths, cp_size, even)
     first = [_rows_first(emit, x, d, layout.local_rows, i) for x, d, i in zip(xs, dims, inners, strict=True)]
     flat = [emit(aten.reshape.default, x, [node_of(layout.local_rows), -1]) for x in first]

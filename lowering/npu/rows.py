@@ -49,7 +49,8 @@ class Rows:
         index = self._made("local", layout, layout.local_rows, pieces)
         if layout.even or isinstance(layout.local_rows, int):
             return index
-        return self._once(("clamped", index), lambda: self.emit(aten.clamp.default, index, None, node_of(layout.tokens - 1)))
+        last = node_of(layout.tokens - 1)
+        return self._once(("clamped", index), lambda: self.emit(aten.clamp.default, index, None, last))
 
     def restored(self, layout: Zigzag) -> fx.Node:
         """Where natural rows are among gathered rows [S]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +14,8 @@ from cppass.emitter import Emitter
 from cppass.errors import Unsupported
 from cppass.target import Ranks
 from lowering.npu import attention, moves
-from lowering.npu.compilers import compile_with
+from lowering.npu.compilers import compile_with, register_writes
+from lowering.npu.hoist import computed_lengths
 from lowering.npu.rows import Rows
 
 Lowering = Callable[[Emitter, Rows, fx.Node, Ranks], "fx.Node | list[fx.Node]"]
@@ -49,9 +51,14 @@ class NpuTarget:
                 emit.replace(node, lowered)
             else:
                 _replace_elements(emit, node, lowered)
+        if "npugraph_ex" in sys.modules:  # it may be what called us, through a hook
+            register_writes()
         gm.graph.eliminate_dead_code()
         gm.graph.lint()
         gm.recompile()
+
+    def computed_lengths(self, gm: fx.GraphModule) -> list[fx.Node]:
+        return computed_lengths(gm)
 
     def compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any], inner: str) -> Callable[..., Any]:
         return compile_with(gm, example_inputs, inner)

@@ -92,6 +92,7 @@ def _reductions(op: Any, *shape: int) -> list[Sample]:
 SAME = [
     *(call(op, x(2, T, 4)) for op in (aten.clone.default, aten.alias.default, aten.detach.default)),
     *(call(op, x(T, T)) for op in (aten.lift_fresh_copy.default, aten.contiguous.default)),
+    call(aten.copy.default, x(2, T, 4), x(2, T, 4)),
     call(aten._to_copy.default, x(2, T, 4), dtype=torch.float32),
     call(prims.convert_element_type.default, x(2, T, 4), torch.float32),
     call(aten.floor_divide.default, ids(50, T, 4), 3),

@@ -143,12 +143,18 @@ def test_a_config_is_frozen() -> None:
         CPConfig().cp_size = 2  # type: ignore[misc]
 
 
-@pytest.mark.parametrize(("name", "value"), [("inputs", "sharded"), ("target", "npu")])
+@pytest.mark.parametrize(("name", "value"), [("inputs", "sharded")])
 def test_what_is_not_implemented_says_so(name: str, value: str) -> None:
     """Allowed names of things to come: Unsupported, not a misspelt option."""
     with pytest.raises(cppass.Unsupported, match=f"option {name}='{value}' is not implemented") as caught:
         CPConfig.from_options({name: value})
     assert caught.value.code == "CP002"
+
+
+@pytest.mark.parametrize(("target", "inner"), [("host", "npugraph_ex"), ("host", "torchair"), ("npu", "inductor")])
+def test_an_inner_compiler_belongs_to_a_target(target: str, inner: str) -> None:
+    with pytest.raises(OptionError, match=f"(?s)inner='{inner}' is not allowed.*with target='{target}'"):
+        CPConfig.from_options({"target": target, "inner": inner})
 
 
 def test_run_pass_and_simulate_check_them_too() -> None:

@@ -360,6 +360,11 @@ CALLS: dict[str, Callable[[], Any]] = {
     "shard": lambda: canonical.shard(x, 2, 1, [8], 2, True),
     "gather": lambda: canonical.gather([x], [2], [1], [16], 2, True),
     "gather_rows": lambda: canonical.gather_rows(x, 2, -1, 1, [16], 2, True),
+    "gather_rows_at": lambda: canonical.gather_rows_at(x, 2, torch.tensor([3]), [16], 2, True),
+    "gathered_order": lambda: canonical.gathered_order(torch.arange(8), [8], 2, True),
+    "fused_attention": lambda: canonical.fused_attention(
+        x, x, x, *[None] * 7, [8], 2, True, "op", "BNSD", 2, 2, 1.0, 3, 0, 0, 0, 0, False
+    ),
     "attention": lambda: canonical.attention(x, x, x, None, None, 0, [16], 2, True, True, 0, None),
 }
 

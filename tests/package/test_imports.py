@@ -21,7 +21,7 @@ LAYERS = [  # a module imports from its own row and the rows above it
     {"rewrite", "report"},
     {"verify"},
     {"pipeline"},
-    {"api", "backend"},
+    {"api", "backend", "hook"},
     {"simulator"},
     {"cppass"},
     {"demo", "cli", "doctor"},
