@@ -76,9 +76,14 @@ class Rows:
 
     def homes_of(self, layout: Zigzag, index: fx.Node) -> tuple[fx.Node, fx.Node]:
         """(rank, local row on that rank) of the natural rows that `index` [n] names."""
-        homes = _placed((rank, rows) for rank, _, rows in layout.homes())
-        firsts = _placed((first, rows) for _, first, rows in layout.homes())
-        return self._mapped(index, homes, slope=0), self._mapped(index, firsts, slope=1)
+        homes = list(layout.homes())
+        held = _placed((rank, rows) for rank, _, rows in homes)
+        firsts = _placed((first, rows) for _, first, rows in homes)
+        if not isinstance(layout.tokens, int):
+            return self._mapped(index, held, slope=0), self._mapped(index, firsts, slope=1)
+        tables = [_values(held, layout.tokens, 0), _values(firsts, layout.tokens)]
+        rank, row = (self.emit.constant(table, self.device) for table in tables)
+        return self.emit(aten.index_select.default, rank, 0, index), self.emit(aten.index_select.default, row, 0, index)
 
     # -- piecewise functions of row numbers --
 
@@ -133,7 +138,7 @@ def _is_none(number: Any) -> bool:
     return isinstance(number, int) and number == 0
 
 
-def _values(pieces: list[Piece], size: int) -> list[int]:
+def _values(pieces: list[Piece], size: int, slope: int = 1) -> list[int]:
     ends = [start for start, _ in pieces[1:]] + [size]
     spans = zip(pieces, ends, strict=True)
-    return [first + row for (start, first), end in spans for row in range(end - start)]
+    return [first + slope * row for (start, first), end in spans for row in range(end - start)]
