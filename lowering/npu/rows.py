@@ -42,9 +42,10 @@ class Rows:
         """Natural rows of this rank's rows [m]; padding takes any row that is there."""
 
         def pieces() -> list[Piece]:
-            found = _placed(layout.spans(self.rank))
-            padding = 0 if layout.even else layout.local_rows - layout.real_rows(self.rank)
-            return found if _is_none(padding) else [*found, (layout.real_rows(self.rank), layout.tokens - 1)]
+            found, last = _placed(layout.spans(self.rank)), layout.tokens - 1
+            if layout.even or not isinstance(layout.local_rows, int):
+                return found
+            return found + [(row, last) for row in range(layout.real_rows(self.rank), layout.local_rows)]
 
         index = self._made("local", layout, layout.local_rows, pieces)
         if layout.even or isinstance(layout.local_rows, int):
