@@ -54,10 +54,13 @@ def target_of(gm: fx.GraphModule, config: CPConfig) -> tuple[str, str]:
     return target, inner
 
 
+NPU_OPS = ("npu::", "air::", "atb::", "cppass::fused_attention")
+
+
 def _is_npu(node: fx.Node) -> bool:
     value = node.meta.get("val")
     on_device = isinstance(value, torch.Tensor) and value.device.type == "npu"
-    return on_device or getattr(node.target, "_name", "").startswith(("npu::", "air::", "atb::"))
+    return on_device or getattr(node.target, "_name", "").startswith(NPU_OPS)
 
 
 def load(name: str) -> Target:

@@ -7,6 +7,7 @@ force_eager, torchair by debug.run_eagerly.
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,12 +24,12 @@ def compile_with(gm: fx.GraphModule, example_inputs: Sequence[Any], inner: str) 
     Raises:
         CPError: CP502, the compiler cannot be imported.
     """
-    on_host = not _has_device(gm)
     if inner == "eager":
         return gm.forward
-    if inner == "torchair":
-        return _torchair(gm, example_inputs, on_host)
-    return _npugraph_ex(gm, example_inputs, on_host)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # both use what torch 2.13 calls deprecated; nothing a user could change
+        how = _torchair if inner == "torchair" else _npugraph_ex
+        return how(gm, example_inputs, on_host=not _has_device(gm))
 
 
 def _has_device(gm: fx.GraphModule) -> bool:
@@ -75,9 +76,11 @@ def register_writes() -> None:
 
 
 def _imported(*names: str) -> list[Any]:
-    """Modules, imported in this order: torch_npu makes the others importable, and torchair has to precede npugraph_ex."""
+    """Modules, in this order: torch_npu makes the others importable, and torchair has to precede npugraph_ex."""
     try:
-        return [importlib.import_module(name) for name in names]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit, by torchair 2.13.0
+            return [importlib.import_module(name) for name in names]
     except ImportError as error:
         raise CPError(
             "CP502", f"{names[-1]} cannot be imported: {error}", 'pip install "cppass[npu-host]", or inner="eager"'

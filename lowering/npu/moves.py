@@ -66,9 +66,7 @@ def gather_rows_at(emit: Emitter, rows: Rows, node: fx.Node, ranks: Ranks) -> fx
     return _rows_at(emit, rows, x, dim, index, rows.layout(*layout), ranks)
 
 
-def _rows_at(
-    emit: Emitter, rows: Rows, x: fx.Node, dim: int, index: fx.Node, layout: Zigzag, ranks: Ranks
-) -> fx.Node:
+def _rows_at(emit: Emitter, rows: Rows, x: fx.Node, dim: int, index: fx.Node, layout: Zigzag, ranks: Ranks) -> fx.Node:
     """Every rank sends the local rows at which the owners hold them; then each row is taken from its owner."""
     owner, row = rows.homes_of(layout, index)
     own = emit(aten.index_select.default, _moved(emit, x, dim, 0), 0, row)

@@ -8,8 +8,9 @@ import logging
 import warnings
 from typing import Any
 
-import cppass
 import torch
+
+import cppass
 from cppass.demo.npu.dense import Qwen3
 from cppass.demo.npu.forward_metadata import plan_step
 from cppass.demo.npu.moe import Qwen3Moe
