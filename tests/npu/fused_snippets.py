@@ -139,6 +139,52 @@ def dense(
     return Snippet(run, (rand(batch, rows, 32), *weights, *mask))
 
 
+def dense_cache(write: str, input_layout: str) -> Snippet:
+    """A cache [B, S_max, G * D] (BSH) or [B, G, S_max, D] (BNSD) with 8 rows in it, written and then read by length."""
+    batch, rows, longest, prefix = 2, 16, 64, 8
+    dim = 1 if input_layout == "BSH" else 2
+
+    def run(x, wq, wk, wv, kc, vc, first, positions, mask):  # type: ignore[no-untyped-def]
+        q, k, v = (_laid_out(x @ w, input_layout, n) for w, n in ((wq, 4), (wk, 2), (wv, 2)))
+        for cache, new in ((kc, k), (vc, v)):
+            if write == "scatter_update":
+                npu.scatter_update_(cache, first, new, -2)
+            elif write == "index_copy":
+                cache.index_copy_(dim, positions, new)
+            else:
+                cache.narrow(dim, prefix, rows).copy_(new)
+        lengths = {"actual_seq_kvlen": [prefix + rows] * batch}
+        options = {"input_layout": input_layout, "atten_mask": mask, "sparse_mode": 3}
+        return fused("v1", q, kc, vc, 4, 2, **lengths, **options)[0]
+
+    shape = (batch, longest, 2 * D) if input_layout == "BSH" else (batch, 2, longest, D)
+    weights = [rand(32, n * D, seed=s) / 6 for s, n in ((1, 4), (2, 2), (3, 2))]
+    where = (torch.tensor([prefix] * batch), torch.arange(prefix, prefix + rows), MASK)
+    return Snippet(run, (rand(batch, rows, 32), *weights, rand(*shape, seed=4), rand(*shape, seed=5), *where), (4, 5))
+
+
+def lengths_in_tensors(lengths: list[int], prefixes: list[int] | None = None) -> Snippet:
+    """torchair's form of the op: paged TND, both lengths in tensors."""
+    blocks = 2 * len(lengths)
+    step = plan_step(lengths, prefixes, block_size=BLOCK, blocks=blocks, capacity=2 * BLOCK, shuffle=1).metadata
+
+    def run(x, wq, wk, wv, kc, vc, slots, table, mask, q_lengths, kv_lengths):  # type: ignore[no-untyped-def]
+        q, k, v = ((x @ w).view(-1, n, D) for w, n in ((wq, 4), (wk, 2), (wv, 2)))
+        pages = [c.view(blocks, BLOCK, -1) for c in nd_update_on_a_view(kc, vc, slots, k, v)]
+        out = torch.ops.air.npu_fused_infer_attention_score(
+            q, *pages, num_heads=4, num_key_value_heads=2, scale=D**-0.5, input_layout="TND", sparse_mode=3,
+            atten_mask=mask, actual_seq_lengths=q_lengths, actual_seq_lengths_kv=kv_lengths, block_table=table,
+            block_size=BLOCK,
+        )  # fmt: skip
+        return out[0].flatten(1)
+
+    weights = [rand(32, n * D, seed=s) / 6 for s, n in ((1, 4), (2, 2), (3, 2))]
+    caches = [rand(blocks, BLOCK, 2, D, seed=s) for s in (1, 2)]
+    own = (torch.tensor(step.cu_q), torch.tensor(step.kv_lens))
+    inputs = (rand(sum(lengths), 32), *weights, *caches, step.slot_mapping, step.block_table, MASK, *own)
+    return Snippet(run, inputs, (4, 5))
+
+
 def _laid_out(x: Tensor, input_layout: str, heads: int) -> Tensor:
     if input_layout == "BSH":
         return x
