@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from npu.fused_snippets import MASK, Snippet, check, dense_cache, fused, lengths_in_tensors, rand, traced
