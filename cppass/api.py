@@ -50,7 +50,7 @@ def run_pass(
             "CP009", f"run_pass takes an fx.GraphModule, not {type(gm).__name__}", "trace it with make_fx"
         )
     captured = capture(gm, example_inputs)
-    report = rewrite_graph(captured, config, ranks.cp_size)
+    report = rewrite_graph(captured, config, ranks.cp_size, ranks.group_name)
     if report.status == REFUSED and config.on_refusal == "raise":
         raise refused_error(report.refusals)
     if report.status == REWRITTEN and lower:

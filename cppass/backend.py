@@ -71,7 +71,7 @@ def _through_aot(gm: fx.GraphModule, example_inputs: Sequence[Any], config: CPCo
 
 def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: CPConfig, ranks: Ranks) -> Compiled:
     """One functional aten graph -> what runs it on this rank. Boxed or plain, as the target returns it."""
-    report = rewrite_graph(gm, config, ranks.cp_size)
+    report = rewrite_graph(gm, config, ranks.cp_size, ranks.group_name)
     number = torch_private.compile_number()
     report = dataclasses.replace(report, graph=number[0] if number else "")
     record(report)

@@ -52,7 +52,7 @@ def npu_pass(config: CPConfig | None = None, **options: Any) -> Hook:
 
 
 def _run(config: CPConfig, ranks: Ranks, gm: fx.GraphModule, compiler_config: Any, identity: str) -> None:
-    report = rewrite_graph(gm, config, ranks.cp_size)
+    report = rewrite_graph(gm, config, ranks.cp_size, ranks.group_name)
     record(report)
     if report.status == REFUSED and config.on_refusal == "raise":
         raise refused_error(report.refusals)

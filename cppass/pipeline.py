@@ -8,20 +8,24 @@ from torch import fx
 
 from cppass.config import CPConfig
 from cppass.errors import Refusal
+from cppass.explain_node import op_of, refuse
 from cppass.match import find_sites
 from cppass.plan import make_plan
 from cppass.prepare import prepare
 from cppass.report import LEFT_ALONE, REFUSED, REWRITTEN, Report, describe_gathers, describe_site, mask_notes
 from cppass.rewrite import rewrite
-from cppass.rules import shape_of
+from cppass.rules import name_of, shape_of
 from cppass.shard import propagate, unify_sizes
 from cppass.site import AttentionSite
 from cppass.step import Step, step_of, too_short
 from cppass.verify import verify
 
 
-def rewrite_graph(gm: fx.GraphModule, config: CPConfig, cp_size: int) -> Report:
+def rewrite_graph(gm: fx.GraphModule, config: CPConfig, cp_size: int, group_name: str = "") -> Report:
     """Rewrite a functional aten graph in place to canonical ops, or leave it as it is and say why.
+
+    Args:
+        group_name: of the ranks that share the sequence; collectives of the graph over these are refused.
 
     Only a report with status "rewritten" means that `gm` has changed.
     """
@@ -41,7 +45,7 @@ def rewrite_graph(gm: fx.GraphModule, config: CPConfig, cp_size: int) -> Report:
     if found.sites:
         unify_sizes(graph, found.sites)
     step = step_of(found.sites, cp_size) if found.sites else None
-    refusals = (*found.refusals, *([step] if isinstance(step, Refusal) else []))
+    refusals = (*found.refusals, *([step] if isinstance(step, Refusal) else []), *_collectives(graph, group_name))
     if refusals or not isinstance(step, Step):
         return dataclasses.replace(base, status=REFUSED, reason=refusals[0].why, refusals=refusals)
 
@@ -62,3 +66,17 @@ def rewrite_graph(gm: fx.GraphModule, config: CPConfig, cp_size: int) -> Report:
 def _tokens_text(site: AttentionSite) -> int | str:
     size = shape_of(site.query)[site.query_dim]
     return size if isinstance(size, int) else str(size)
+
+
+def _collectives(graph: fx.Graph, group_name: str) -> tuple[Refusal, ...]:
+    """Collectives of the model over the very ranks that share the sequence: they would combine different rows."""
+    own = [n for n in graph.nodes if name_of(n).startswith("_c10d_functional::") and group_name in n.args]
+    return tuple(
+        refuse(
+            "CP112",
+            node,
+            f"{op_of(node)} runs over the group {group_name!r} that is to share the sequence: they hold different rows",
+            "pass the group of context parallelism, such as options={'group': mesh['cp']}",
+        )
+        for node in own
+    )

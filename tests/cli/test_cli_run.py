@@ -14,7 +14,9 @@ TINY = ["--tokens", "61", "--decode", "1", "--repeat", "1", "--timeout", "60"]
 """61 tokens do not divide by 2 * ranks."""
 
 KEYS = {
-    "": {"schema", "ok", "launcher", "job", "model", "check", "rewriting", "seconds", "speedup", "peak_memory"},
+    "": {
+        "schema", "ok", "launcher", "job", "model", "check", "rewriting", "kernels", "seconds", "speedup", "peak_memory"
+    },
     "model": {
         "family", "parameters", "layers", "hidden", "heads", "kv_heads", "head_dim", "vocab", "experts", "note"
     },
@@ -46,9 +48,9 @@ def test_json_of_spawned_ranks() -> None:
     assert found["rewriting"]["status"] == "rewritten"
     layers = found["model"]["layers"]
     assert (found["rewriting"]["sites"], found["rewriting"]["collectives"]) == (layers, layers + 1)
-    # One gather of K and V per layer, padded to 2 zigzag chunks per rank, and one of the row of hidden states that the
+    # One gather of K and V per layer, of the rows of the fullest rank, and one of the row of hidden states that the
     # last token needs: this is what arrives from the one other rank, in float32.
-    kv_row, padded_rows, hidden_row = 2 * 2 * 16 * 4, 2 * 16, 64 * 4
+    kv_row, padded_rows, hidden_row = 2 * 2 * 16 * 4, 16 + 15, 64 * 4
     assert found["rewriting"]["received_bytes"] == layers * padded_rows * kv_row + hidden_row
     assert all(line.startswith("[") for line in done.stderr.splitlines()), "progress lines and nothing else"
 

@@ -26,9 +26,7 @@ def test_lengths_in_tensors(lengths: list[int], prefixes: list[int] | None, cp_s
     check(lengths_in_tensors(lengths, prefixes), cp_size, lower)
 
 
-def test_an_all_reduce_over_other_ranks_stays() -> None:
-    """Tensor parallelism: the sum over another group runs on this rank's rows."""
-
+def tensor_parallel() -> Snippet:
     def run(x, w, wq, wk, wv, mask):  # type: ignore[no-untyped-def]
         summed = torch.ops._c10d_functional.all_reduce(x @ w, "sum", "tp")
         hidden = torch.ops._c10d_functional.wait_tensor(summed)
@@ -36,8 +34,20 @@ def test_an_all_reduce_over_other_ranks_stays() -> None:
         return fused("v1", q, k, v, 4, 2, input_layout="BSH", atten_mask=mask, sparse_mode=3)[0]
 
     weights = [rand(32, n * 16, seed=n) / 6 for n in (2, 4, 2, 2)]
-    snippet = Snippet(run, (rand(1, 16, 32), *weights, MASK))
+    return Snippet(run, (rand(1, 16, 32), *weights, MASK))
+
+
+def test_an_all_reduce_over_other_ranks_stays() -> None:
+    """Tensor parallelism: the sum over another group runs on this rank's rows."""
+    snippet = tensor_parallel()
     gm = traced(snippet)
     assert cppass.run_pass(gm, snippet.inputs, cp_size=2).notes == ()
     sums = [n for n in gm.graph.nodes if n.target is torch.ops._c10d_functional.all_reduce.default]
     assert [list(n.meta["val"].shape) for n in sums] == [[1, 8, 32]]
+
+
+def test_an_all_reduce_over_the_same_ranks_is_refused() -> None:
+    """They hold different rows, which the sum would mix."""
+    snippet = tensor_parallel()
+    with pytest.raises(cppass.RefusedError, match=r"(?s)\[CP112\].*group 'tp' that is to share the sequence"):
+        cppass.run_pass(traced(snippet), snippet.inputs, cp_size=2, group="tp")
