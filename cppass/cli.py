@@ -13,10 +13,11 @@ import sys
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 from cppass import CPError, OptionError, __version__
-from cppass.demo.job import ATTENTIONS, CACHES, DTYPES, INNERS, Job
+from cppass.demo.job import DIALECTS, DTYPES, Job
 from cppass.demo.presets import PRESETS
 
 INSTALL = 'pip install "cppass[host]"'
+INSTALL_NPU = 'pip install "cppass[npu-host]"'
 
 try:
     import typer
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 DEFAULTS = Job(decode=0)
 DECODE = 8
+NEEDS = {"hf": (INSTALL, "transformers", "numpy"), "npu": (INSTALL_NPU, "torch_npu", "numpy")}
+HF, NPU = DIALECTS["hf"], DIALECTS["npu"]
 
 app = typer.Typer(
     help='Prefill context parallelism as a torch.compile pass: torch.compile(model, backend="npu_cp").',
@@ -61,13 +64,16 @@ def _cppass(
 
 @app.command()
 def run(
+    dialect: Annotated[
+        str, typer.Option(metavar="KIND", help="How the model is written: hf (transformers), npu (torch_npu's ops).")
+    ] = DEFAULTS.dialect,
     preset: Annotated[
         str, typer.Option(metavar="NAME", help=f"Random weights: {', '.join(PRESETS)}.")
     ] = DEFAULTS.preset,
     model: Annotated[str | None, typer.Option(metavar="DIR", help="A local checkpoint, instead of a preset.")] = None,
     layers: Annotated[int | None, typer.Option(metavar="N", help="Build so many layers.")] = None,
     vocab: Annotated[int | None, typer.Option(metavar="N", help="Size of a preset's vocabulary.")] = None,
-    tokens: Annotated[int, typer.Option(metavar="N", help="Prompt length.")] = DEFAULTS.tokens,
+    tokens: Annotated[int, typer.Option(metavar="N", help="Prompt length, of each sequence.")] = DEFAULTS.tokens,
     cp: Annotated[
         int | None, typer.Option(metavar="P", help="Ranks of one thread each. Default: 2, or what torchrun started.")
     ] = None,
@@ -75,17 +81,24 @@ def run(
         int | None, typer.Option(metavar="N", help="Decode steps after the prefill. Default: 8; 0 without a cache.")
     ] = None,
     batch: Annotated[int, typer.Option(metavar="N", help="Sequences.")] = DEFAULTS.batch,
-    cache: Annotated[str, typer.Option(metavar="KIND", help=f"K/V cache: {', '.join(CACHES)}.")] = DEFAULTS.cache,
+    cache: Annotated[
+        str, typer.Option(metavar="KIND", help=f"K/V cache, with hf: {', '.join(HF.caches)}. Default: the first.")
+    ] = "",
     attention: Annotated[
-        str, typer.Option(metavar="KIND", help=f"attn_implementation: {', '.join(ATTENTIONS)}.")
-    ] = DEFAULTS.attention,
+        str, typer.Option(metavar="KIND", help=f"attn_implementation: {', '.join(HF.attentions)}. Default: the first.")
+    ] = "",
     dtype: Annotated[str, typer.Option(metavar="TYPE", help=", ".join(DTYPES) + ".")] = DEFAULTS.dtype,
     dynamic: Annotated[
         bool | None, typer.Option("--dynamic/--static", help="torch.compile's dynamic. Default: torch decides.")
     ] = None,
     inner: Annotated[
-        str, typer.Option(metavar="KIND", help=f"Compiles the rewritten graph: {', '.join(INNERS)}.")
-    ] = DEFAULTS.inner,
+        str,
+        typer.Option(
+            metavar="KIND",
+            help="Compiles the rewritten graph. Default: the first of "
+            + f"{', '.join(HF.inners)} with hf, of {', '.join(NPU.inners)} with npu.",
+        ),
+    ] = "",
     repeat: Annotated[int, typer.Option(metavar="N", help="Timed prefills; the median counts.")] = DEFAULTS.repeat,
     seed: Annotated[int, typer.Option(metavar="N", help="Of weights and prompt.")] = DEFAULTS.seed,
     timeout: Annotated[float, typer.Option(metavar="S", help="Seconds any one step may take.")] = DEFAULTS.timeout,
@@ -94,17 +107,19 @@ def run(
 ) -> None:
     """Prefill one prompt on one device and, compiled with npu_cp, on P ranks; compare and time them.
 
+    With --dialect npu, torch_npu's ops run on CPU kernels: no NPU is needed, and none is used; speed is not judged.
     A rank is a process of one thread and stands for a device. Exit status: 0 every rank equals one device, 1 it does
     not or something failed, 2 wrong usage. Under torchrun its processes are the ranks.
     """
     from cppass.demo.torchrun import detect
 
     try:
-        _need("transformers", "numpy")
+        _need(*NEEDS.get(dialect, NEEDS["hf"]))
         world = detect()
         if world and cp not in (None, world.size):
             raise OptionError("CP052", f"--cp {cp}, but torchrun started {world.size} ranks", "leave --cp out")
         job = Job(
+            dialect=dialect,
             preset=preset,
             model=model,
             layers=layers,
@@ -190,10 +205,10 @@ def _fail(error: CPError, as_json: bool, trace: bool, status: int) -> NoReturn:
     raise typer.Exit(status)
 
 
-def _need(*modules: str) -> None:
+def _need(install: str, *modules: str) -> None:
     for module in modules:
         if importlib.util.find_spec(module) is None:
-            raise OptionError("CP055", f"this command needs {module}, which is not installed", INSTALL)
+            raise OptionError("CP055", f"this command needs {module}, which is not installed", install)
 
 
 if __name__ == "__main__":

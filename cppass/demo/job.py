@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from cppass.config import INNERS
 from cppass.demo.presets import PRESETS
 from cppass.errors import OptionError
 
@@ -17,13 +18,41 @@ BACKEND = "npu_cp"
 MAX_RANKS = 64
 """More ranks than that on one host is a slip of the finger."""
 
-CACHES = ("dynamic", "static", "none")
-ATTENTIONS = ("sdpa", "eager")
 DTYPES = ("float32", "bfloat16", "float16")
-INNERS = ("eager", "inductor")
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2, "float16": 1e-2}
 """Allowed max absolute error, as a fraction of max(1, max |reference|). Equal tokens are enforced for float32 only."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Dialect:
+    """How a model is written, and what goes with that; the first of each is what a job takes unless it says otherwise.
+
+    Attributes:
+        inners: compilers of the rewritten graph.
+        caches: kinds of K/V cache.
+        attentions: kinds of attention.
+        kernels: what ran, where its speed says nothing of the machine that the ops are made for; "" otherwise. There
+            is no speed-up then, and no phase of one process with the cores of all ranks.
+    """
+
+    inners: tuple[str, ...]
+    caches: tuple[str, ...]
+    attentions: tuple[str, ...]
+    kernels: str = ""
+
+
+DIALECTS = {
+    "hf": Dialect(INNERS["host"], ("dynamic", "static", "none"), ("sdpa", "eager")),
+    "npu": Dialect(
+        INNERS["npu"],
+        ("paged",),
+        ("npu_fused_infer_attention_score_v2",),
+        kernels="torch_npu's ops ran on CPU kernels made for their numbers, not for speed. No NPU was involved, and "
+        "the times say nothing of one.",
+    ),
+}
+"""Hugging Face transformers, and models written with torch_npu's ops (cppass.demo.npu)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,23 +60,27 @@ class Job:
     """One `cppass run`.
 
     Attributes:
+        dialect: name in DIALECTS.
         preset: name in PRESETS; not looked at where there is a `model`.
         model: directory of a local checkpoint, or None.
         layers, vocab: override what the preset (or, layers only, the checkpoint) says.
         tokens: length of the prompt, in tokens.
         ranks: P, processes of one thread each; a rank stands for a device.
         decode: tokens generated after the prefill, the one that the prefill itself gives not counted.
-        batch: sequences in the batch.
-        cache: "dynamic", "static" or "none".
-        attention: transformers' attn_implementation.
+        batch: sequences in the batch, of `tokens` tokens each.
+        cache: "dynamic", "static" or "none"; "paged" with npu.
+        attention: transformers' attn_implementation; the op's name with npu.
         dtype: name of a torch dtype.
         dynamic: torch.compile's `dynamic`; None leaves the choice to torch.
         inner: what compiles the rewritten graph.
         repeat: timed prefills; the median is reported.
         seed: of the weights and the prompt.
         timeout: seconds that any one wait may take.
+
+    An empty `cache`, `attention` or `inner` becomes the dialect's first.
     """
 
+    dialect: str = "hf"
     preset: str = "qwen3-0.6b"
     model: str | None = None
     layers: int | None = None
@@ -56,21 +89,34 @@ class Job:
     ranks: int = 2
     decode: int = 8
     batch: int = 1
-    cache: str = "dynamic"
-    attention: str = "sdpa"
+    cache: str = ""
+    attention: str = ""
     dtype: str = "float32"
     dynamic: bool | None = None
-    inner: str = "eager"
+    inner: str = ""
     repeat: int = 3
     seed: int = 0
     timeout: float = 600.0
 
     def __post_init__(self) -> None:
         """Raises OptionError: CP050 a value that is not allowed, CP051 no such model, CP052 too many ranks."""
-        _one_of("cache", self.cache, CACHES)
-        _one_of("attention", self.attention, ATTENTIONS)
+        _one_of("dialect", self.dialect, tuple(DIALECTS))
+        dialect = DIALECTS[self.dialect]
+        for name, allowed in (
+            ("cache", dialect.caches),
+            ("attention", dialect.attentions),
+            ("inner", dialect.inners),
+        ):
+            if not getattr(self, name):
+                object.__setattr__(self, name, allowed[0])
+            _fits(name, getattr(self, name), allowed, self.dialect)
         _one_of("dtype", self.dtype, DTYPES)
-        _one_of("inner", self.inner, INNERS)
+        if self.dialect == "npu" and self.model is not None:
+            raise OptionError(
+                "CP050",
+                "--model does not go with --dialect npu",
+                "give a --preset: these models have random weights only",
+            )
         for name, least in (("tokens", 1), ("decode", 0), ("batch", 1), ("repeat", 1), ("layers", 1), ("vocab", 2)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -85,6 +131,11 @@ class Job:
             _one_of("preset", self.preset, tuple(PRESETS))
         else:
             _check_checkpoint(Path(self.model), self.vocab)
+
+    @property
+    def sequence_rows(self) -> int:
+        """Rows of the dimension that ranks share: the tokens of one sequence, or of all where they are packed."""
+        return self.tokens * (self.batch if self.dialect == "npu" else 1)
 
     @property
     def tolerance(self) -> float:
@@ -119,13 +170,14 @@ class Phase:
     reference: str = ""
 
 
-def phases(job: Job) -> tuple[Phase, Phase, Phase]:
-    """One device, P ranks, and what the same cores do for one process, in this order."""
-    return (
+def phases(job: Job) -> tuple[Phase, ...]:
+    """One device, P ranks, and, where speed counts, what the same cores do for one process; in this order."""
+    legs = (
         Phase("one_rank", "one device: 1 process, 1 thread", 1, 1, reference="write"),
         Phase("ranks", f"{count(job.ranks, 'rank')} of 1 thread, compiled", job.ranks, 1, True, "compare"),
         Phase("threads", f"1 process, {count(job.ranks, 'thread')}", 1, job.ranks),
     )
+    return legs[:2] if DIALECTS[job.dialect].kernels else legs
 
 
 def count(number: int, noun: str) -> str:
@@ -136,6 +188,15 @@ def count(number: int, noun: str) -> str:
 def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise OptionError("CP050", f"--{name} {value!r} is not allowed", f"choose one of {', '.join(allowed)}")
+
+
+def _fits(name: str, value: str, allowed: Sequence[str], dialect: str) -> None:
+    """One of the dialect's; where there is only one, the option itself is what is wrong."""
+    if len(allowed) == 1 and value not in allowed:
+        raise OptionError(
+            "CP050", f"--{name} does not go with --dialect {dialect}", f"leave --{name} out: it is {allowed[0]}"
+        )
+    _one_of(name, value, allowed)
 
 
 def _check_checkpoint(folder: Path, vocab: int | None) -> None:

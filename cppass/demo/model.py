@@ -1,4 +1,4 @@
-"""The model, the prompt and the caches of a run: transformers' public parts, and nothing of cppass."""
+"""The model and the caches of a run in the dialect "hf": transformers' public parts, and nothing of cppass."""
 
 from __future__ import annotations
 
@@ -9,10 +9,38 @@ import torch
 from cppass.demo.job import Job, count
 from cppass.demo.presets import PRESETS
 from cppass.demo.results import ModelFacts
+from cppass.demo.subject import Forward
 from cppass.errors import OptionError
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedConfig, PreTrainedModel
+
+
+class HuggingFace:
+    """A Subject: a causal LM of transformers."""
+
+    def __init__(self, job: Job) -> None:
+        self.module = build(job)
+        self.facts = facts(job, self.module)
+        self._job = job
+
+    def begin(self) -> Conversation:
+        return Conversation(fresh_cache(self._job, self.module))
+
+
+class Conversation:
+    """A Session on a cache of transformers, or on none."""
+
+    def __init__(self, cache: Cache | None) -> None:
+        self._cache = cache
+
+    def step(self, forward: Forward, ids: torch.Tensor) -> torch.Tensor:
+        out = forward(input_ids=ids, past_key_values=self._cache, use_cache=self._cache is not None, logits_to_keep=1)
+        logits: torch.Tensor = out.logits[:, -1]
+        return logits
+
+    def keys_and_values(self) -> list[torch.Tensor]:
+        return keys_and_values(self._cache)
 
 
 def build(job: Job) -> PreTrainedModel:
@@ -83,17 +111,7 @@ def facts(job: Job, model: PreTrainedModel) -> ModelFacts:
 def _note(job: Job, layers: int, vocab: int) -> str:
     if job.model is not None:
         return f"first {count(layers, 'layer')} of the checkpoint" if job.layers else ""
-    preset, cut = PRESETS[job.preset], []
-    if preset.real_layers and layers != preset.real_layers:
-        cut.append(f"{layers} of {preset.real_layers} layers")
-    if preset.real_vocab and vocab != preset.real_vocab:
-        cut.append(f"vocabulary {vocab:,} of {preset.real_vocab:,}")
-    return ", ".join(["random weights", *cut])
-
-
-def prompt(job: Job, vocab: int) -> torch.Tensor:
-    """Random token ids [batch, tokens], the same in every process."""
-    return torch.randint(0, vocab, (job.batch, job.tokens), generator=torch.Generator().manual_seed(job.seed))
+    return PRESETS[job.preset].note(layers, vocab)
 
 
 def fresh_cache(job: Job, model: PreTrainedModel) -> Cache | None:

@@ -7,7 +7,7 @@ import math
 import statistics
 from typing import Any
 
-from cppass.demo.job import Job
+from cppass.demo.job import DIALECTS, Job
 from cppass.demo.results import ProcessResult, Rewriting
 
 SCHEMA = 1
@@ -31,19 +31,19 @@ class Timing:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """The results of the three phases.
+    """The results of the phases.
 
     Attributes:
         one_rank: one device.
         ranks: one result per rank, each with `comparison` and `rewriting`.
-        threads: the cores of all ranks given to one process.
+        threads: the cores of all ranks given to one process; None where that was not run.
         launcher: "spawn" or "torchrun".
     """
 
     job: Job
     one_rank: ProcessResult
     ranks: tuple[ProcessResult, ...]
-    threads: ProcessResult
+    threads: ProcessResult | None = None
     launcher: str = "spawn"
 
     @property
@@ -100,12 +100,19 @@ class Outcome:
         return Timing.of(self.ranks)
 
     @property
-    def threads_time(self) -> Timing:
-        return Timing.of((self.threads,))
+    def threads_time(self) -> Timing | None:
+        return Timing.of((self.threads,)) if self.threads else None
 
     @property
-    def speedup(self) -> tuple[float, float, float]:
+    def kernels(self) -> str:
+        """What ran, where its speed says nothing; "" where it does."""
+        return DIALECTS[self.job.dialect].kernels
+
+    @property
+    def speedup(self) -> tuple[float, float, float] | None:
         """One rank over P ranks: of the medians, then the least and the most that any two steps give."""
+        if self.kernels:
+            return None
         one, many = self.one_rank_time, self.ranks_time
         return one.median / many.median, min(one.steps) / max(many.steps), max(one.steps) / min(many.steps)
 
@@ -116,7 +123,6 @@ class Outcome:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, with seconds and bytes as units; a NaN error becomes null."""
-        speedup, least, most = self.speedup
         return {
             "schema": SCHEMA,
             "ok": self.passed,
@@ -134,18 +140,19 @@ class Outcome:
                 "caches_identical_across_ranks": self.caches_identical,
             },
             "rewriting": dataclasses.asdict(self.rewriting),
+            "kernels": self.kernels,
             "seconds": {
                 "one_rank": self.one_rank_time.steps,
                 "ranks": self.ranks_time.steps,
-                "threads": self.threads_time.steps,
+                "threads": self.threads_time.steps if self.threads_time else None,
                 "compile": self.compile_seconds,
             },
-            "speedup": {"median": speedup, "least": least, "most": most},
+            "speedup": dict(zip(("median", "least", "most"), self.speedup, strict=True)) if self.speedup else None,
             "peak_memory": {
                 "method": self.one_rank.peak_method,
                 "one_rank_bytes": self.one_rank.peak_bytes,
                 "ranks_bytes": [r.peak_bytes for r in self.ranks],
-                "threads_bytes": self.threads.peak_bytes,
+                "threads_bytes": self.threads.peak_bytes if self.threads else None,
             },
         }
 

@@ -13,18 +13,15 @@ import torch
 
 from cppass.demo import memory
 from cppass.demo.job import BACKEND, Job, Phase
-from cppass.demo.model import build, facts, fresh_cache, keys_and_values, prompt
 from cppass.demo.results import Comparison, ProcessResult, Rewriting
+from cppass.demo.subject import Forward, Session, build, prompt
 from cppass.errors import CPError
 
 if TYPE_CHECKING:
-    from transformers import Cache
-
     from cppass.report import Report
 
 Say = Callable[[str], None]
 Barrier = Callable[[], None]
-Forward = Callable[..., Any]
 
 REFERENCE = "one_device.pt"
 
@@ -43,42 +40,42 @@ def run_process(job: Job, phase: Phase, folder: Path, say: Say, barrier: Barrier
     """
     torch.set_num_threads(phase.threads)
     say("building the model")
-    model = build(job)
-    known = facts(job, model)
-    ids = prompt(job, known.vocab)
-    forward = compiled(job, model) if phase.compiled else model
+    subject = build(job)
+    ids = prompt(job, subject.facts.vocab)
+    forward = compiled(job, subject.module) if phase.compiled else subject.module
 
     say("compiling, first prefill" if phase.compiled else "first prefill, untimed")
     barrier()
-    first, _, _ = timed_prefill(forward, ids, fresh_cache(job, model))
-    rewriting = reported(job.tokens) if phase.compiled else None
+    first, _, _ = timed_prefill(forward, ids, subject.begin())
+    rewriting = reported(job) if phase.compiled else None
 
     was_reset = memory.reset_peak()
     seconds = []
     for i in range(job.repeat):
         say(f"prefill {i + 1} of {job.repeat}")
-        cache = fresh_cache(job, model)
+        session = subject.begin()
         barrier()
-        elapsed, logits, token = timed_prefill(forward, ids, cache)
+        elapsed, logits, token = timed_prefill(forward, ids, session)
         seconds.append(elapsed)
     peak, method = memory.peak_bytes(was_reset)
 
     say("decoding, comparing")
-    kept = [logits, *keys_and_values(cache)]
+    kept = [logits, *session.keys_and_values()]
     digest = hashlib.sha256()
     absorb(digest, kept[1:])
     if phase.reference == "write":
         torch.save(kept, folder / REFERENCE)
     errors = compare(kept, folder / REFERENCE) if phase.reference == "compare" else None
     del kept
-    tokens = decode(forward, token, cache, job.decode)
-    absorb(digest, keys_and_values(cache))
+    tokens = decode(forward, token, session, job.decode)
+    caches = session.keys_and_values()
+    absorb(digest, caches)
     return ProcessResult(
-        model=known,
+        model=subject.facts,
         first_seconds=first,
         prefill_seconds=tuple(seconds),
         tokens=tuple(tuple(row) for row in tokens.tolist()),
-        cache_digest=digest.hexdigest() if cache is not None else "",
+        cache_digest=digest.hexdigest() if caches else "",
         peak_bytes=peak,
         peak_method=method,
         comparison=errors,
@@ -93,29 +90,23 @@ def compiled(job: Job, model: torch.nn.Module) -> Forward:
     return torch.compile(model, backend=BACKEND, dynamic=job.dynamic, options={"inner": job.inner})
 
 
-def timed_prefill(forward: Forward, ids: torch.Tensor, cache: Cache | None) -> tuple[float, torch.Tensor, torch.Tensor]:
+def timed_prefill(forward: Forward, ids: torch.Tensor, session: Session) -> tuple[float, torch.Tensor, torch.Tensor]:
     """Time to first token: seconds, last token's logits [batch, vocab], first generated token [batch, 1]."""
     start = time.perf_counter()
-    logits = last_logits(forward, ids, cache)
+    logits = session.step(forward, ids)
     token = logits.argmax(-1, keepdim=True)
     return time.perf_counter() - start, logits, token
 
 
-def decode(forward: Forward, token: torch.Tensor, cache: Cache | None, count: int) -> torch.Tensor:
+def decode(forward: Forward, token: torch.Tensor, session: Session, count: int) -> torch.Tensor:
     """Greedy decoding after a prefill: ids [batch, count + 1], the given first token among them."""
     tokens = [token]
     for _ in range(count):
-        tokens.append(last_logits(forward, tokens[-1], cache).argmax(-1, keepdim=True))
+        tokens.append(session.step(forward, tokens[-1]).argmax(-1, keepdim=True))
     return torch.cat(tokens, dim=-1)
 
 
-def last_logits(forward: Forward, ids: torch.Tensor, cache: Cache | None) -> torch.Tensor:
-    out = forward(input_ids=ids, past_key_values=cache, use_cache=cache is not None, logits_to_keep=1)
-    logits: torch.Tensor = out.logits[:, -1]
-    return logits
-
-
-def reported(tokens: int) -> Rewriting:
+def reported(job: Job) -> Rewriting:
     """What cppass says about the graphs of the first prefill, summed where graph breaks left several."""
     import cppass
 
@@ -127,7 +118,7 @@ def reported(tokens: int) -> Rewriting:
         status=chosen[0].status,
         sites=sum(len(r.sites) for r in chosen),
         collectives=sum(r.collectives for r in chosen),
-        received_bytes=received_bytes(chosen, tokens),
+        received_bytes=received_bytes(chosen, job.sequence_rows),
         text="\n".join(str(r) for r in chosen),
     )
 

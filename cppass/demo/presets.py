@@ -37,6 +37,19 @@ class Preset:
     experts_per_token: int = 0
     expert_width: int = 0
 
+    def sized(self, layers: int | None, vocab: int | None) -> Preset:
+        """This preset with another number of layers or another vocabulary; None keeps its own."""
+        return dataclasses.replace(self, layers=layers or self.layers, vocab=vocab or self.vocab)
+
+    def note(self, layers: int, vocab: int) -> str:
+        """How what was built differs from the published model: "random weights, 3 of 28 layers"."""
+        cut = ["random weights"]
+        if self.real_layers and layers != self.real_layers:
+            cut.append(f"{layers} of {self.real_layers} layers")
+        if self.real_vocab and vocab != self.real_vocab:
+            cut.append(f"vocabulary {vocab:,} of {self.real_vocab:,}")
+        return ", ".join(cut)
+
     def config(self, layers: int | None, vocab: int | None, positions: int) -> PreTrainedConfig:
         """The transformers config of this preset.
 

@@ -26,6 +26,8 @@ def render(outcome: Outcome, console: Console) -> None:
     console.print(table)
     if outcome.rewriting.status != "rewritten":
         console.print(f"note: the graph was {outcome.rewriting.status}: {outcome.rewriting.text}", markup=False)
+    if outcome.kernels:
+        console.print(f"note: {outcome.kernels}", markup=False)
     verdict = f"every rank equals one device (tolerance {job.tolerance:g} of the largest value, at least of 1)"
     console.print(
         Text("PASS: " + verdict, style="green") if outcome.passed else Text("FAIL: " + _why(outcome), style="red")
@@ -54,7 +56,8 @@ def _model_line(outcome: Outcome) -> str:
     experts = f", {m.experts} experts" if m.experts else ""
     note = f" ({m.note})" if m.note else ""
     cache = "no" if job.cache == "none" else job.cache
-    batch = f" x batch {job.batch}" if job.batch > 1 else ""
+    packed = ", packed," if job.dialect == "npu" else ""
+    batch = f" x batch {job.batch}{packed}" if job.batch > 1 else ""
     return (
         f"{m.family}{note}: {count(m.layers, 'layer')}, hidden {m.hidden}, {m.heads} heads of {m.head_dim}, "
         f"{m.kv_heads} KV heads{experts}, {m.parameters / 1e6:,.1f} M weights; {job.dtype}, {job.attention}, "
@@ -91,22 +94,29 @@ def _pass(outcome: Outcome) -> list[tuple[str, Text]]:
 
 
 def _times(outcome: Outcome) -> list[tuple[str, Text]]:
-    ranks, (speedup, least, most) = count(outcome.job.ranks, "rank"), outcome.speedup
-    return [
+    rows = [
         ("TTFT, 1 rank, 1 thread", _time(outcome.one_rank_time)),
-        (f"TTFT, {ranks} of 1 thread", _time(outcome.ranks_time)),
-        ("speed-up", Text(f"{speedup:.2f}x ({least:.2f}x to {most:.2f}x)", style="bold")),
-        (f"TTFT, 1 process, {count(outcome.job.ranks, 'thread')}", _time(outcome.threads_time)),
-        ("compile time, once", Text(f"{outcome.compile_seconds:.1f} s (first call less a prefill)")),
+        (f"TTFT, {count(outcome.job.ranks, 'rank')} of 1 thread", _time(outcome.ranks_time)),
     ]
+    if outcome.speedup:
+        speedup, least, most = outcome.speedup
+        rows.append(("speed-up", Text(f"{speedup:.2f}x ({least:.2f}x to {most:.2f}x)", style="bold")))
+    if outcome.threads_time:
+        rows.append((f"TTFT, 1 process, {count(outcome.job.ranks, 'thread')}", _time(outcome.threads_time)))
+    return [*rows, ("compile time, once", Text(f"{outcome.compile_seconds:.1f} s (first call less a prefill)"))]
 
 
 def _memory(outcome: Outcome) -> list[tuple[str, Text]]:
     ranks = max(r.peak_bytes for r in outcome.ranks)
-    return [
+    rows = [
         ("peak memory, 1 rank", Text(size(outcome.one_rank.peak_bytes))),
         ("peak memory, each of the ranks", Text(size(ranks) + " at most")),
-        (f"peak memory, {count(outcome.job.ranks, 'thread')}", Text(size(outcome.threads.peak_bytes))),
+    ]
+    if outcome.threads:
+        threads = count(outcome.job.ranks, "thread")
+        rows.append((f"peak memory, {threads}", Text(size(outcome.threads.peak_bytes))))
+    return [
+        *rows,
         ("  measured as", Text(outcome.one_rank.peak_method, style="dim")),
     ]
 

@@ -1,4 +1,4 @@
-"""The whole run: one device, P ranks, one process of P threads, in this order, each alone on the machine."""
+"""The whole run: its phases in order, each alone on the machine."""
 
 from __future__ import annotations
 
@@ -27,4 +27,5 @@ def run(job: Job, display: Display) -> Outcome:
             display.start(phase.title, job.repeat + STEPS_BESIDE_REPEATS)
             results[phase.name] = run_phase(job, phase, Path(name), display.step)
             display.finish()
-    return Outcome(job, results["one_rank"][0], results["ranks"], results["threads"][0])
+    (threads,) = results.get("threads", (None,))
+    return Outcome(job, results["one_rank"][0], results["ranks"], threads)

@@ -87,7 +87,7 @@ def run_as_rank(job: Job, world: World, display: Display) -> Outcome | None:
 def _lead(job: Job, world: World, store: Store, display: Display) -> Outcome:
     alive = itertools.count(1)
     with tempfile.TemporaryDirectory(prefix="cppass-") as name:
-        folder, (one, ranks, threads) = Path(name), phases(job)
+        folder, (one, ranks, *others) = Path(name), phases(job)
         store.set("alive/0", name)
 
         def step(text: str) -> None:
@@ -106,10 +106,12 @@ def _lead(job: Job, world: World, store: Store, display: Display) -> Outcome:
         _answer(job, world, store, folder, display.step)
         results = _gather(world, store)
         display.finish()
-        display.start(threads.title, job.repeat + STEPS_BESIDE_REPEATS)
-        last = run_phase(job, threads, folder, display.step)
-        display.finish()
-    return Outcome(job, baseline[0], results, last[0], launcher="torchrun")
+        last: ProcessResult | None = None
+        for phase in others:
+            display.start(phase.title, job.repeat + STEPS_BESIDE_REPEATS)
+            (last,) = run_phase(job, phase, folder, display.step)
+            display.finish()
+    return Outcome(job, baseline[0], results, last, launcher="torchrun")
 
 
 def _follow(job: Job, world: World, store: Store) -> None:
