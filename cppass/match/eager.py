@@ -19,7 +19,7 @@ from torch import fx
 
 from cppass.errors import Refusal
 from cppass.explain_node import refuse
-from cppass.match.kv import SAME, VIEWS, fresh_rows, peel_repeat, skip_same
+from cppass.match.kv import SAME, VIEWS, fresh_rows, peel_repeat, skip_same, write_of
 from cppass.match.mask import causal_mask
 from cppass.rules import argument, is_tensor, shape_of, tensor_operands
 from cppass.site import AttentionSite, Fresh, Rewrite
@@ -220,9 +220,14 @@ def _unfold_transposed(node: fx.Node) -> fx.Node | None:
 
 def _fresh_behind(node: fx.Node) -> Fresh:
     """The rows of this step behind a folded, repeated, transposed key or value."""
-    while node.target in SAME | VIEWS | CONVERSIONS | MOVES:
+    read = _behind(node, MOVES | {aten.slice.Tensor})
+    return fresh_rows(read if write_of(read) is not None else _behind(node, MOVES))  # a slice of a projection is fresh
+
+
+def _behind(node: fx.Node, moves: set[Any]) -> fx.Node:
+    while node.target in SAME | VIEWS | CONVERSIONS | moves:
         node = tensor_operands(node)[0]
-    return fresh_rows(node)
+    return node
 
 
 MOVES = {aten.expand.default, aten.unsqueeze.default, aten.transpose.int, aten.permute.default}
