@@ -16,7 +16,7 @@ from torch import fx
 
 from cppass.arithmetic import node_of
 from cppass.emitter import Emitter
-from cppass.halves import HalfCall, half_call
+from cppass.halves import CAUSAL, HalfCall, half_call
 from cppass.layout import Half, Zigzag
 from cppass.target import Ranks
 from lowering.npu.rows import Rows
@@ -71,7 +71,8 @@ def _list_call(emit: Emitter, layout: Zigzag, rank: int, half: Half, given: dict
 def _tensor_call(emit: Emitter, layout: Zigzag, rank: int, half: Half, given: dict[str, Any]) -> HalfCall | None:
     """Lengths in tensors, the token axis cut as one sequence: a half may cut through any sequence, or miss it.
 
-    A sequence's queries are those of its rows that the half holds; its keys end where the half does.
+    A sequence's queries are those of its rows that the half holds; its keys end where the half does, if rows do not see
+    later ones.
     """
     ends, keys = given["q_tensor"], given["kv_tensor"]
     if ends is None:
@@ -79,11 +80,13 @@ def _tensor_call(emit: Emitter, layout: Zigzag, rank: int, half: Half, given: di
     (count,), (last,) = layout.half_rows(rank, half), layout.half_ends(rank, half)
     first = node_of(last - count)
     own = emit(aten.sub.Tensor, emit(aten.clamp.default, ends, first, node_of(last)), first)
-    starts = emit(aten.constant_pad_nd.default, emit(aten.slice.Tensor, ends, 0, 0, -1), [1, 0])
-    behind = [emit(aten.clamp.default, emit(aten.sub.Tensor, x, node_of(last)), 0) for x in (ends, starts)]
-    seen = emit(aten.sub.Tensor, keys, emit(aten.sub.Tensor, *behind))
-    at_least_one = emit(aten.clamp.default, seen, 1)  # of a sequence without a query here
-    return HalfCall(count, own, at_least_one, None, {2: 3}.get(given["sparse_mode"], given["sparse_mode"]))  # type: ignore[arg-type]
+    mode = given["sparse_mode"]
+    if mode in CAUSAL:
+        starts = emit(aten.constant_pad_nd.default, emit(aten.slice.Tensor, ends, 0, 0, -1), [1, 0])
+        behind = [emit(aten.clamp.default, emit(aten.sub.Tensor, x, node_of(last)), 0) for x in (ends, starts)]
+        seen = emit(aten.sub.Tensor, keys, emit(aten.sub.Tensor, *behind))
+        keys = emit(aten.clamp.default, seen, 1)  # at least one, of a sequence without a query here
+    return HalfCall(count, own, keys, None, CAUSAL.get(mode, mode))  # type: ignore[arg-type]
 
 
 def _call(emit: Emitter, rows: Rows, given: dict[str, Any], call: HalfCall, start: Any, dim: int) -> list[fx.Node]:

@@ -163,7 +163,7 @@ def dense_cache(write: str, input_layout: str) -> Snippet:
     return Snippet(run, (rand(batch, rows, 32), *weights, rand(*shape, seed=4), rand(*shape, seed=5), *where), (4, 5))
 
 
-def lengths_in_tensors(lengths: list[int], prefixes: list[int] | None = None) -> Snippet:
+def lengths_in_tensors(lengths: list[int], prefixes: list[int] | None = None, *, causal: bool = True) -> Snippet:
     """torchair's form of the op: paged TND, both lengths in tensors."""
     blocks = 2 * len(lengths)
     step = plan_step(lengths, prefixes, block_size=BLOCK, blocks=blocks, capacity=2 * BLOCK, shuffle=1).metadata
@@ -172,9 +172,9 @@ def lengths_in_tensors(lengths: list[int], prefixes: list[int] | None = None) ->
         q, k, v = ((x @ w).view(-1, n, D) for w, n in ((wq, 4), (wk, 2), (wv, 2)))
         pages = [c.view(blocks, BLOCK, -1) for c in nd_update_on_a_view(kc, vc, slots, k, v)]
         out = torch.ops.air.npu_fused_infer_attention_score(
-            q, *pages, num_heads=4, num_key_value_heads=2, scale=D**-0.5, input_layout="TND", sparse_mode=3,
-            atten_mask=mask, actual_seq_lengths=q_lengths, actual_seq_lengths_kv=kv_lengths, block_table=table,
-            block_size=BLOCK,
+            q, *pages, num_heads=4, num_key_value_heads=2, scale=D**-0.5, input_layout="TND",
+            sparse_mode=3 if causal else 0, atten_mask=mask if causal else None, actual_seq_lengths=q_lengths,
+            actual_seq_lengths_kv=kv_lengths, block_table=table, block_size=BLOCK,
         )  # fmt: skip
         return out[0].flatten(1)
 

@@ -26,6 +26,13 @@ def test_lengths_in_tensors(lengths: list[int], prefixes: list[int] | None, cp_s
     check(lengths_in_tensors(lengths, prefixes), cp_size, lower)
 
 
+@pytest.mark.parametrize("lower", [True, False], ids=["lowered", "meanings"])
+def test_lengths_in_tensors_where_every_row_sees_every_key(lower: bool) -> None:
+    """Sparse mode 0: a half's keys do not end where the half does."""
+    importlib.import_module("lowering.cann_host.kernels.attention").register_air()
+    check(lengths_in_tensors([17, 13, 1], [0, 5, 9], causal=False), 2, lower)
+
+
 def tensor_parallel() -> Snippet:
     def run(x, w, wq, wk, wv, mask):  # type: ignore[no-untyped-def]
         summed = torch.ops._c10d_functional.all_reduce(x @ w, "sum", "tp")
