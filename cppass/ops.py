@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from cppass.errors import VerifyError
 from cppass.fused_meaning import PER_RANK as FUSED_PER_RANK
@@ -287,3 +287,10 @@ for _name, _schema in SCHEMAS.items():
     _library.define(_name, _schema, _rankless(_name), SHAPES[_name], "CompositeExplicitAutograd")
 
 CANONICAL = {getattr(torch.ops.cppass, name).default: name for name in SCHEMAS}
+
+
+def named_arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a canonical node by name, defaults filled in. Canonical nodes are called by position."""
+    arguments = node.target._schema.arguments  # type: ignore[union-attr]
+    given = zip(arguments, node.args, strict=False)
+    return {a.name: a.default_value for a in arguments} | {a.name: value for a, value in given}

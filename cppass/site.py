@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx
 
+from cppass.fused_op import LSE_DIM
 from cppass.rules import shape_of
 from cppass.tokens import Tokens
 
@@ -97,7 +98,7 @@ class FusedAttention:
     @property
     def lse_dim(self) -> int:
         """Token dimension of the log-sum-exp: [T, N, 1], else [B, N, S, 1]."""
-        return 0 if self.input_layout == "TND" else 2
+        return LSE_DIM[self.input_layout]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,11 +31,6 @@ class Step:
     ends: tuple[int | fx.Node, ...]
     layout: Zigzag
 
-    @property
-    def tokens(self) -> Size:
-        """Rows of the token axis."""
-        return self.layout.tokens
-
 
 def step_of(sites: tuple[AttentionSite, ...], cp_size: int) -> Step | Refusal:
     """The step that all sites of a graph share: cross-attention and encoders with sequences of their own have none.

@@ -14,10 +14,11 @@ from torch import fx
 
 from cppass.errors import VerifyError
 from cppass.explain_node import op_of
+from cppass.fused_op import LSE_DIM, TOKEN_DIM
 from cppass.layout import Zigzag
 from cppass.match.kv import SCATTER_PA
 from cppass.op_rules import rule_of
-from cppass.ops import CANONICAL
+from cppass.ops import CANONICAL, named_arguments
 from cppass.plan import CPPlan
 from cppass.rules import is_tensor, name_of, shape_of, tensor_operands
 from cppass.shard import numbers_rows
@@ -107,9 +108,8 @@ class _Typing:
         """Output or log-sum-exp of a fused attention."""
         source = node.args[0]
         assert isinstance(source, fx.Node)
-        names = [a.name for a in source.target._schema.arguments]  # type: ignore[union-attr]
-        varlen = source.args[names.index("input_layout")] == "TND"
-        return self.states[source] if node.args[1] == 0 else Tokens(0 if varlen else 2)
+        layout = str(named_arguments(source)["input_layout"])
+        return self.states[source] if node.args[1] == 0 else Tokens(LSE_DIM[layout])
 
     def _slot_write(self, node: fx.Node, operands: list[fx.Node], given: tuple[State | None, ...]) -> None:
         """Rows in gathered order go to slots in gathered order, all of them, into a whole cache."""
@@ -133,9 +133,9 @@ class _Typing:
 
     def _same_layout(self, node: fx.Node) -> None:
         """Every canonical op cuts and joins by the plan's token count and ranks."""
-        names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-        lengths, cp_size, even = (node.args[names.index(name)] for name in ("lengths", "cp_size", "even"))
-        seen = Zigzag(tuple(_size(n) for n in lengths), cp_size, even)  # type: ignore[arg-type, union-attr]
+        given = named_arguments(node)
+        lengths, cp_size, even = given["lengths"], given["cp_size"], given["even"]
+        seen = Zigzag(tuple(_size(n) for n in lengths), cp_size, even)
         if seen != self.layout:
             raise _illegal(node, f"lays out {_text(seen)}; the plan says {_text(self.layout)}")
 
@@ -157,7 +157,7 @@ class _Typing:
 
     def _gather(self, node: fx.Node) -> State | None:
         xs, dims, inners, *_ = node.args
-        natural = len(node.args) < 7 or node.args[6]
+        natural = named_arguments(node)["natural"]
         if not natural and not (self.layout.even and set(dims) == {0} and set(inners) == {1}):  # type: ignore[arg-type]
             raise _illegal(node, "leaves rows in gathered order where there is padding, or in an inner dimension")
         for x, dim, inner in zip(xs, dims, inners, strict=True):  # type: ignore[arg-type]
@@ -183,9 +183,8 @@ class _Typing:
         return Tokens(0, order=GATHERED)
 
     def _fused_attention(self, node: fx.Node) -> State:
-        names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-        given = dict(zip(names, node.args, strict=True))
-        dim = {"TND": 0, "BSH": 1, "BSND": 1, "BNSD": 2}[str(given["input_layout"])]
+        given = named_arguments(node)
+        dim = TOKEN_DIM[given["input_layout"]]
         if self.states.get(given["q"]) != Tokens(dim):
             raise _illegal(node, f"has a query that is {self.states.get(given['q']) or 'Full'}")
         own_mask = given["sparse_mode"] in (0, 1)

@@ -11,8 +11,9 @@ from torch import fx
 
 from cppass.errors import Refusal
 from cppass.explain_node import op_of, refuse
-from cppass.match import fused
+from cppass.fused_op import OPS
 from cppass.match.eager import match_eager
+from cppass.match.fused import match_fused
 from cppass.match.sdpa import match_flash_for_cpu, match_sdpa
 from cppass.rules import is_tensor, name_of
 from cppass.site import AttentionSite
@@ -28,7 +29,7 @@ MATCHERS: dict[Any, Match] = {
     aten._safe_softmax.default: match_eager,
 }
 
-NAMED_MATCHERS: dict[str, Match] = dict.fromkeys(fused.OPS, fused.match_fused)
+NAMED_MATCHERS: dict[str, Match] = dict.fromkeys(OPS, match_fused)
 """By name: torch_npu may not be installed."""
 
 REFUSED_WRITES = {

@@ -3,7 +3,7 @@
     out, lse = npu_fused_infer_attention_score_v2(q, k, v, actual_seq_qlen=[8, 20], actual_seq_kvlen=[40, 12],
                                                   block_table=table, input_layout="TND", sparse_mode=3, ...)
 
-The rules of the op that matter here are in the table of docs/npu.md, each with the document it was read in.
+What the rewrite does with its lengths and masks is in docs/npu.md and cppass/halves.py.
 """
 
 from __future__ import annotations
@@ -14,31 +14,16 @@ from torch import fx
 
 from cppass.errors import Refusal
 from cppass.explain_node import refuse
+from cppass.fused_op import OPS, TOKEN_DIM
 from cppass.match.kv import SCATTER_PA, fresh_behind_views
 from cppass.rules import argument, name_of, shape_of, static
 from cppass.site import AttentionSite, FusedAttention, Lengths, Rewrite
 from cppass.torch_private import is_unbacked
 
-TOKEN_DIM = {"TND": 0, "BSH": 1, "BSND": 1, "BNSD": 2}  # of query, dense key and value, and output
 NO_LIMIT = 2147483647  # pre_tokens and next_tokens without a limit
 
-V1 = {"q_lengths": "actual_seq_lengths", "kv_lengths": "actual_seq_lengths_kv", "lse": "softmax_lse_flag"}
-V2 = {
-    "q_lengths": "actual_seq_qlen",
-    "kv_lengths": "actual_seq_kvlen",
-    "lse": "return_softmax_lse",
-    "num_heads": "num_query_heads",
-    "scale": "softmax_scale",
-    "sink": "learnable_sink",
-}
-OPS: dict[str, dict[str, str]] = {
-    "npu::npu_fused_infer_attention_score": V1,
-    "npu::npu_fused_infer_attention_score_v2": V2,
-    "air::npu_fused_infer_attention_score": V1,
-    "air::npu_fused_infer_attention_score_v2": V2,
-}
 UNDERSTOOD = {
-    *("query", "key", "value", "atten_mask", "block_table", "num_heads", "num_key_value_heads", "scale"),
+    *("query", "key", "value", "atten_mask", "block_table", "num_key_value_heads"),
     *("input_layout", "sparse_mode", "pre_tokens", "next_tokens", "block_size", "inner_precise"),
 }
 FEATURES = {  # part of an argument's name -> the feature it asks for

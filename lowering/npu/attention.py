@@ -16,28 +16,29 @@ from torch import fx
 
 from cppass.arithmetic import node_of
 from cppass.emitter import Emitter
+from cppass.fused_op import LSE_DIM, OPS, TOKEN_DIM
 from cppass.halves import CAUSAL, HalfCall, half_call
 from cppass.layout import Half, Zigzag
+from cppass.ops import named_arguments
 from cppass.target import Ranks
 from lowering.npu.rows import Rows
 
 aten = torch.ops.aten
 
-TOKEN_DIM = {"TND": 0, "BSH": 1, "BSND": 1, "BNSD": 2}
-LSE_DIM = {"TND": 0, "BSH": 2, "BSND": 2, "BNSD": 2}
-V1 = {"q": "actual_seq_lengths", "kv": "actual_seq_lengths_kv", "heads": "num_heads", "scale": "scale"}
-V2 = {"q": "actual_seq_qlen", "kv": "actual_seq_kvlen", "heads": "num_query_heads", "scale": "softmax_scale"}
+AS_GIVEN = (
+    *("block_table", "num_key_value_heads", "pre_tokens", "next_tokens"),
+    *("input_layout", "inner_precise", "block_size"),
+)
 
 
 def is_fused(node: fx.Node) -> bool:
     """A call of the op, in any of its forms."""
-    return "fused_infer_attention_score" in getattr(node.target, "_name", "")
+    return getattr(node.target, "_name", "") in OPS
 
 
 def fused_attention(emit: Emitter, rows: Rows, node: fx.Node, ranks: Ranks) -> list[fx.Node]:
     """Output and log-sum-exp (where it is asked for) of this rank's rows; zeros in padding rows."""
-    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
-    given = dict(zip(names, node.args, strict=True))
+    given = named_arguments(node)
     layout = rows.layout(given["lengths"], given["cp_size"], given["even"])
     dim, start, results = TOKEN_DIM[given["input_layout"]], 0, []
     for half in (0, 1):
@@ -97,34 +98,24 @@ def _call(emit: Emitter, rows: Rows, given: dict[str, Any], call: HalfCall, star
     if mask is not None and given["sparse_mode"] in (0, 1):
         at = mask.meta["val"].dim() - 2
         mask = _dense(emit, emit(aten.slice.Tensor, mask, at, node_of(start), node_of(end)))
-    op, names = _op(given["op"])
-    options: dict[str, Any] = {
+    op = _op(given["op"])
+    names = OPS[op._name]
+    options = {
         "atten_mask": mask,
-        names["q"]: _plain(call.q_lengths),
-        names["kv"]: _plain(call.kv_lengths),
-        "block_table": given["block_table"],
-        names["heads"]: given["num_heads"],
-        "num_key_value_heads": given["num_key_value_heads"],
-        names["scale"]: given["scale"],
-        "pre_tokens": given["pre_tokens"],
-        "next_tokens": given["next_tokens"],
-        "input_layout": given["input_layout"],
+        names["q_lengths"]: _plain(call.q_lengths),
+        names["kv_lengths"]: _plain(call.kv_lengths),
+        **{name: given[name] for name in AS_GIVEN},
         "sparse_mode": call.sparse_mode,
-        "inner_precise": given["inner_precise"],
-        "block_size": given["block_size"],
+        **{names[field]: given[field] for field in ("num_heads", "scale", "lse", "sink") if field in names},
     }
-    if names is V2:
-        options |= {"return_softmax_lse": given["lse"], "learnable_sink": given["sink"]}
-    else:
-        options["softmax_lse_flag"] = given["lse"]
     result = emit(op, query, key, value, **{k: v for k, v in options.items() if v is not None})
     return [emit(operator.getitem, result, i) for i in range(2 if given["lse"] else 1)]
 
 
-def _op(name: str) -> tuple[Any, dict[str, str]]:
-    """The overload of "npu.npu_fused_infer_attention_score_v2.default", and its names of arguments."""
+def _op(name: str) -> Any:
+    """The overload of "npu.npu_fused_infer_attention_score_v2.default"."""
     namespace, op, overload = name.split(".")
-    return getattr(getattr(getattr(torch.ops, namespace), op), overload), V2 if op.endswith("_v2") else V1
+    return getattr(getattr(getattr(torch.ops, namespace), op), overload)
 
 
 def _plain(lengths: Any) -> Any:

@@ -14,9 +14,10 @@ import torch
 from torch import fx
 
 from cppass.errors import CPError
-from lowering.npu.attention import V1, V2, is_fused
+from cppass.fused_op import V1, V2
+from lowering.npu.attention import is_fused
 
-LISTS = tuple(names[key] for names in (V1, V2) for key in ("q", "kv"))
+LISTS = tuple(names[key] for names in (V1, V2) for key in ("q_lengths", "kv_lengths"))
 
 Host = Callable[..., tuple[int, ...]]
 

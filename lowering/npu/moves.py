@@ -10,6 +10,7 @@ from torch import fx
 from cppass.arithmetic import node_of, value_of
 from cppass.emitter import Emitter
 from cppass.layout import Zigzag
+from cppass.ops import named_arguments
 from cppass.target import Ranks
 from cppass.torch_private import same_size
 from lowering.npu.rows import Rows
@@ -32,24 +33,25 @@ def gather(emit: Emitter, rows: Rows, node: fx.Node, ranks: Ranks) -> list[fx.No
 
     before:  k [m, H, D], v [m, H, D]      after:  all_gather([m, 2 * H * D]) -> k [S, H, D], v [S, H, D]
     """
-    xs, dims, inners, lengths, cp_size, even, natural = (*_arguments(node), True)[:7]
-    layout = rows.layout(lengths, cp_size, even)
+    given = named_arguments(node)
+    xs, dims, inners = given["xs"], given["dims"], given["inners"]
+    layout = rows.layout(given["lengths"], given["cp_size"], given["even"])
     first = [_rows_first(emit, x, d, layout.local_rows, i) for x, d, i in zip(xs, dims, inners, strict=True)]
     flat = [emit(aten.reshape.default, x, [node_of(layout.local_rows), -1]) for x in first]
     packed = flat[0] if len(flat) == 1 else emit(aten.cat.default, flat, 1)
     gathered = emit.all_gather(packed, ranks)
     start: Any = 0
     results = []
-    for x, part, given, dim in zip(first, flat, xs, dims, strict=True):
+    for x, part, source, dim in zip(first, flat, xs, dims, strict=True):
         width = emit.numbers(emit.size(part, 1))
         own = gathered
         if len(flat) > 1:
             own = emit(aten.slice.Tensor, gathered, 1, node_of(start), node_of(start + width))
         start = start + width
-        if natural:
+        if given["natural"]:
             own = emit(aten.index_select.default, own, 0, rows.restored(layout))
         whole = emit(aten.reshape.default, own, [node_of(layout.tokens), *_sizes(emit, x, 1)])
-        results.append(whole if x is given else _merge(emit, _moved(emit, whole, 0, dim + 1), dim))
+        results.append(whole if x is source else _merge(emit, _moved(emit, whole, 0, dim + 1), dim))
     return results
 
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 LAYERS = [  # a module imports from its own row and the rows above it
     {"environment", "errors"},
     {"config", "torch_private"},
-    {"layout", "tokens", "explain_node", "arithmetic", "halves", "fused_meaning"},
+    {"layout", "tokens", "explain_node", "arithmetic", "halves", "fused_meaning", "fused_op"},
     {"ops", "rules", "target"},
     {"emitter"},
     {"site", "npu_rules"},
@@ -29,6 +29,7 @@ LAYERS = [  # a module imports from its own row and the rows above it
 SEEN_BY_LOWERING = {"environment", "errors", "config", "layout", "site", "ops", "target", "torch_private"} | {
     "arithmetic",
     "emitter",
+    "fused_op",
     "halves",
 }
 
