@@ -42,8 +42,7 @@ def run_pass(
         OptionError: wrong options, a Torch-level trace, example inputs that do not fit.
         RefusedError: the graph cannot be rewritten (with on_refusal="raise").
     """
-    given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)} if config is not None else {}
-    config = CPConfig.from_options({**given, **options})
+    config = CPConfig.merged(config, options)
     ranks = ranks_without_group(config)
     if not isinstance(gm, fx.GraphModule):
         raise OptionError(

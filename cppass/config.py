@@ -101,6 +101,12 @@ class CPConfig:
             given.setdefault("mode", mode)
         return cls(**given)
 
+    @classmethod
+    def merged(cls, config: CPConfig | None, options: Mapping[str, Any]) -> CPConfig:
+        """A config with some options changed; raises as from_options does."""
+        given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)} if config is not None else {}
+        return cls.from_options({**given, **options})
+
 
 def _bad(name: str, value: object, allowed: str) -> OptionError:
     return OptionError("CP003", f"option {name}={value!r} is not allowed", f"{name} is {allowed}")

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
 
 from cppass.arithmetic import Numbers
+from cppass.errors import Unsupported
 from cppass.ops import CANONICAL
 from cppass.target import Ranks
 from cppass.torch_private import fake_mode_of, without_fakes
 
 c10d = torch.ops._c10d_functional
+Lowering = TypeVar("Lowering")
 
 
 class Emitter:
@@ -60,10 +63,19 @@ class Emitter:
         node.meta["val"] = self.fake_mode.from_tensor(tensor) if self.fake_mode is not None else tensor
         return self(torch.ops.aten.lift_fresh_copy.default, node)
 
-    def canonical_nodes(self) -> list[tuple[fx.Node, str]]:
-        """The nodes to lower with the names of their ops, in graph order."""
-        nodes = [n for n in self.graph.nodes if n.op == "call_function"]
-        return [(n, CANONICAL[n.target]) for n in nodes if n.target in CANONICAL]
+    def lowerings(self, known: Mapping[str, Lowering], target: str, hint: str) -> Iterator[tuple[fx.Node, Lowering]]:
+        """The canonical nodes and what lowers them, in graph order; nodes are emitted in front of the one at hand.
+
+        Raises:
+            Unsupported: CP505, the target has no form of an op.
+        """
+        nodes = [n for n in self.graph.nodes if n.op == "call_function" and n.target in CANONICAL]
+        for node in nodes:
+            name = CANONICAL[node.target]
+            if name not in known:
+                raise Unsupported("CP505", f"cppass::{name} (node {node.name}) has no {target}", hint)
+            self.origin = node
+            yield node, known[name]
 
     def replace(self, node: fx.Node, lowered: fx.Node) -> None:
         node.replace_all_uses_with(lowered)

@@ -10,7 +10,6 @@ torch.compile(model, backend="npugraph_ex", options=options)
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -42,8 +41,7 @@ def npu_pass(config: CPConfig | None = None, **options: Any) -> Hook:
         RefusedError: from the compiler that calls the hook: the graph cannot be rewritten.
         CPError: from the compiler: CP507, symbolic lengths under ACL graph.
     """
-    given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)} if config is not None else {}
-    config = CPConfig.from_options({**given, **options})
+    config = CPConfig.merged(config, options)
     if config.target == "host" or config.check_inputs:
         wrong = "target='host'" if config.target == "host" else "check_inputs=True"
         raise OptionError("CP003", f"option {wrong} does not go with npu_pass", "leave it out, or use backend='npu_cp'")

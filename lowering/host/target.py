@@ -16,7 +16,6 @@ from torch import fx
 
 import lowering.host.ops  # noqa: F401  (defines torch.ops.cppass_host)
 from cppass.emitter import Emitter
-from cppass.errors import Unsupported
 from cppass.target import Ranks
 from lowering.host.inductor import compile_with_inductor
 from lowering.host.inplace import recover_writes
@@ -31,15 +30,9 @@ class HostTarget:
 
     def lower(self, gm: fx.GraphModule, ranks: Ranks) -> None:
         emit = Emitter(gm)
-        for node, name in emit.canonical_nodes():
-            if name not in LOWERINGS:
-                raise Unsupported(
-                    "CP505",
-                    f"cppass::{name} (node {node.name}) has no host form: fused-infer-attention is for target npu",
-                    "use target='npu', or 'auto'",
-                )
-            emit.origin = node
-            emit.replace(node, LOWERINGS[name](emit, node, ranks))
+        missing = "host form: fused-infer-attention is for target npu"
+        for node, lower in emit.lowerings(LOWERINGS, missing, "use target='npu', or 'auto'"):
+            emit.replace(node, lower(emit, node, ranks))
         gm.graph.lint()
         gm.recompile()
 

@@ -11,7 +11,6 @@ import torch
 from torch import fx
 
 from cppass.emitter import Emitter
-from cppass.errors import Unsupported
 from cppass.target import Ranks
 from lowering.npu import attention, moves
 from lowering.npu.compilers import compile_with, register_writes
@@ -38,15 +37,10 @@ class NpuTarget:
     def lower(self, gm: fx.GraphModule, ranks: Ranks) -> None:
         emit = Emitter(gm)
         rows = Rows(emit, ranks.rank, _device(gm))
-        for node, name in emit.canonical_nodes():
-            if name not in LOWERINGS:
-                raise Unsupported(
-                    "CP505",
-                    f"cppass::{name} (node {node.name}) has no NPU form: target npu takes fused-infer-attention",
-                    "use npu_fused_infer_attention_score in the model, or target='host'",
-                )
-            emit.origin = node
-            lowered = LOWERINGS[name](emit, rows, node, ranks)
+        missing = "NPU form: target npu takes fused-infer-attention"
+        hint = "use npu_fused_infer_attention_score in the model, or target='host'"
+        for node, lower in emit.lowerings(LOWERINGS, missing, hint):
+            lowered = lower(emit, rows, node, ranks)
             if isinstance(lowered, fx.Node):
                 emit.replace(node, lowered)
             else:

@@ -94,6 +94,8 @@ class Qwen3(Decoder):
         CPError: CP055, torch_npu cannot be imported.
     """
 
+    fresh_prefill = False  # whether prefill attends to its fresh keys, the write after
+
     def __init__(
         self,
         preset: Preset,
@@ -109,7 +111,12 @@ class Qwen3(Decoder):
 
         def layer() -> Layer:
             cache = PagedCache(blocks, block_size, preset.kv_heads, preset.head_dim, dtype)
-            attention = Attention(preset, dtype, cache, op, fresh_prefill=False)
-            return Layer(preset, dtype, attention, MLP(preset.hidden, preset.intermediate, dtype))
+            attention = Attention(preset, dtype, cache, op, fresh_prefill=self.fresh_prefill)
+            return Layer(preset, dtype, attention, self.mlp(preset, dtype))
 
         super().__init__(preset, [layer() for _ in range(layers or preset.layers)], positions, dtype)
+
+    @staticmethod
+    def mlp(preset: Preset, dtype: torch.dtype) -> nn.Module:
+        """What a layer has behind its attention."""
+        return MLP(preset.hidden, preset.intermediate, dtype)

@@ -5,11 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cppass.demo.npu import load_npu_ops
-from cppass.demo.npu.attention import Attention, Op
-from cppass.demo.npu.dense import Decoder, Layer
+from cppass.demo.npu.dense import Qwen3
 from cppass.demo.npu.layers import linear
-from cppass.demo.npu.paged_cache import PagedCache
 from cppass.demo.presets import Preset
 
 __all__ = ["Experts", "Qwen3Moe"]
@@ -49,7 +46,7 @@ def _grouped_matmul(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     )[0]
 
 
-class Qwen3Moe(Decoder):
+class Qwen3Moe(Qwen3):
     """Prefill attends to its fresh keys and writes the cache after; decode and chunks write first and read pages.
 
     Args: as ``dense.Qwen3``; the preset must have experts.
@@ -58,22 +55,8 @@ class Qwen3Moe(Decoder):
         CPError: CP055, torch_npu cannot be imported.
     """
 
-    def __init__(
-        self,
-        preset: Preset,
-        *,
-        blocks: int,
-        block_size: int = 128,
-        positions: int = 4096,
-        dtype: torch.dtype = torch.float32,
-        op: Op = "v2",
-        layers: int | None = None,
-    ) -> None:
-        load_npu_ops()
+    fresh_prefill = True
 
-        def layer() -> Layer:
-            cache = PagedCache(blocks, block_size, preset.kv_heads, preset.head_dim, dtype)
-            attention = Attention(preset, dtype, cache, op, fresh_prefill=True)
-            return Layer(preset, dtype, attention, Experts(preset, dtype))
-
-        super().__init__(preset, [layer() for _ in range(layers or preset.layers)], positions, dtype)
+    @staticmethod
+    def mlp(preset: Preset, dtype: torch.dtype) -> nn.Module:
+        return Experts(preset, dtype)
