@@ -159,6 +159,10 @@ def _wrong_lengths(given: _Arguments) -> tuple[str, str] | None:
         return f"{given['input_layout']} with lengths in tensors", "use TND, or lists of ints"
     if isinstance(q, fx.Node) and given["block_table"] is None:
         return "dense key and value with lengths in tensors", "pass lists of ints, or read the paged cache"
+    if given["input_layout"] != "TND" and _lengths(q) is not None:
+        rows = shape_of(given["query"])[TOKEN_DIM[given["input_layout"]]]
+        if static(rows) is None or any(isinstance(n, fx.Node) for n in _listed(q)):
+            return f"{given['input_layout']} with query lengths and symbolic sizes", "TND, or dynamic=False"
     for length in (*_listed(q), *_listed(kv)):
         value = length.meta.get("val") if isinstance(length, fx.Node) else length
         if value is not None and is_unbacked(value):

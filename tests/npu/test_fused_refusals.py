@@ -10,6 +10,7 @@ import pytest
 import torch
 from npu.fused_snippets import BLOCK, MASK, D, Snippet, dense, fused, npu, paged, rand, traced
 from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import cppass
 
@@ -224,3 +225,12 @@ def test_a_write_without_a_functional_twin_is_refused() -> None:
     assert found.code == "CP111"
     assert "atb._npu_reshape_and_cache" in found.why
     assert found.hint == "use npu_scatter_pa_kv_cache or npu_scatter_nd_update_"
+
+
+def test_padded_sequences_of_symbolic_sizes_are_refused() -> None:
+    """The halves' query lengths would need the smaller of two symbolic numbers, which compilers do not convert."""
+    snippet = dense("BSND", 2, 16, actual_seq_qlen=[16, 12], actual_seq_kvlen=[16, 12], sparse_mode=3, atten_mask=MASK)
+    with torch.no_grad():
+        gm = make_fx(snippet.run, tracing_mode="symbolic")(*snippet.inputs)
+    with pytest.raises(cppass.RefusedError, match=r"(?s)\[CP103\].*query lengths and symbolic sizes.*way out"):
+        cppass.run_pass(gm, snippet.inputs, cp_size=2)
