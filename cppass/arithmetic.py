@@ -65,6 +65,9 @@ class Number:
     def __floordiv__(self, other: int) -> Number:
         return self if other == 1 else self._apply(operator.floordiv, self, other)
 
+    def __rfloordiv__(self, other: int) -> Number:
+        return self._apply(operator.floordiv, other, self)
+
     def __mod__(self, other: int) -> Number:
         return self._apply(operator.mod, self, other)
 

@@ -60,8 +60,10 @@ def _through_aot(gm: fx.GraphModule, example_inputs: Sequence[Any], config: CPCo
     """AOT: functional aten graph, input mutations as a copy_ epilogue. No gradients."""
     from torch._dynamo.backends.common import aot_autograd
 
+    names = torch_private.dynamo_inputs(gm)
+
     def inference(aot_gm: fx.GraphModule, aot_inputs: Sequence[Any]) -> Compiled:
-        return compile_graph(aot_gm, aot_inputs, config, ranks)
+        return compile_graph(aot_gm, aot_inputs, config, ranks, torch_private.aot_inputs(aot_gm.graph, names))
 
     compiler = aot_autograd(
         fw_compiler=_refuse_gradients, inference_compiler=inference, keep_inference_input_mutations=True
@@ -69,9 +71,15 @@ def _through_aot(gm: fx.GraphModule, example_inputs: Sequence[Any], config: CPCo
     return compiler(gm, example_inputs)
 
 
-def compile_graph(gm: fx.GraphModule, example_inputs: Sequence[Any], config: CPConfig, ranks: Ranks) -> Compiled:
+def compile_graph(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    config: CPConfig,
+    ranks: Ranks,
+    input_names: Mapping[str, str] | None = None,
+) -> Compiled:
     """One functional aten graph -> what runs it on this rank. Boxed or plain, as the target returns it."""
-    report = rewrite_graph(gm, config, ranks.cp_size, ranks.group_name)
+    report = rewrite_graph(gm, config, ranks.cp_size, ranks.group_name, input_names)
     number = torch_private.compile_number()
     report = dataclasses.replace(report, graph=number[0] if number else "")
     record(report)

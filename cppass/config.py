@@ -9,10 +9,11 @@ from typing import Any
 
 from cppass.errors import OptionError, Unsupported
 
-CHOICES: dict[str, tuple[str, ...]] = {
+CHOICES: dict[str, tuple[str | None, ...]] = {
     "inputs": ("replicated", "sharded"),
     "target": ("auto", "host", "npu"),
     "on_refusal": ("raise", "fallback"),
+    "remainder": (None, "first", "balanced"),
     "inner": ("auto", "eager", "inductor", "npugraph_ex", "torchair"),
 }
 INNERS = {"host": ("eager", "inductor"), "npu": ("npugraph_ex", "torchair", "eager")}
@@ -30,7 +31,12 @@ class CPConfig:
             world.
         cp_size: number of ranks where there is no group (run_pass, explain); with a group it must agree with it.
         rank: this rank's number in the group where there is no group; 0 by default.
-        inputs: "replicated": every rank is handed the same full inputs and gets the full outputs.
+        inputs: "replicated": every rank is handed the same full inputs and gets the full outputs. "sharded": a model
+            runner hands each rank its own rows, as cppass.runner plans them; see docs/runner.md.
+        sharded_inputs: with inputs="sharded": {name: token dimension} of the inputs that arrive as local rows, named as
+            the model's forward names them ("position_ids", or "metadata.position_ids").
+        remainder: with inputs="sharded": which blocks are one row longer, "balanced" (None) or "first"; the runner's
+            plan must say the same.
         target: which ops are emitted: "host", "npu", or "auto" (npu where the graph has torch_npu's ops or tensors on
             an NPU, else host). It does not say which machine runs them: NPU graphs run on CPU tensors, too.
         inner: what compiles the rewritten graph. host: "eager" ("auto") or "inductor". npu: "npugraph_ex" ("auto", ACL
@@ -46,6 +52,8 @@ class CPConfig:
     cp_size: int | None = None
     rank: int | None = None
     inputs: str = "replicated"
+    sharded_inputs: Any = ()
+    remainder: str | None = None
     target: str = "auto"
     inner: str = "auto"
     on_refusal: str = "raise"
@@ -72,10 +80,27 @@ class CPConfig:
             raise _bad("group", self.group, "a ProcessGroup, the name of one, or a one-dimensional DeviceMesh")
         if self.target != "auto" and self.inner not in ("auto", *INNERS[self.target]):
             raise _bad("inner", self.inner, f"one of {', '.join(INNERS[self.target])} with target={self.target!r}")
-        if self.inputs == "sharded":
+        self._check_contract()
+
+    def _check_contract(self) -> None:
+        """What goes with the two ways inputs may arrive."""
+        named = _named_dims(self.sharded_inputs)
+        object.__setattr__(self, "sharded_inputs", named)
+        if self.inputs == "replicated":
+            for name in ("sharded_inputs", "remainder"):
+                if getattr(self, name):
+                    raise _bad(name, getattr(self, name), "for inputs='sharded' alone")
+            return
+        if not named:
+            raise _bad("sharded_inputs", {}, 'with inputs=\'sharded\' such as {"input_ids": 0, "position_ids": 0}')
+        for name, default in (("on_refusal", "raise"), ("min_tokens", 0), ("check_inputs", False)):
+            if getattr(self, name) != default:
+                why = "a graph that is left alone would attend over local rows only, and ranks are handed different ids"
+                raise _bad(name, getattr(self, name), f"{default!r} with inputs='sharded': {why}")
+        if self.target == "host":
             raise Unsupported(
                 "CP002",
-                "option inputs='sharded' is not implemented in this version",
+                "inputs='sharded' with target='host' is not implemented: it takes fused-infer-attention",
                 "leave inputs at its default, 'replicated'",
             )
 
@@ -106,6 +131,18 @@ class CPConfig:
         """A config with some options changed; raises as from_options does."""
         given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)} if config is not None else {}
         return cls.from_options({**given, **options})
+
+
+def _named_dims(given: Any) -> tuple[tuple[str, int], ...]:
+    """Sorted (name, dimension) pairs of a mapping, or of such pairs."""
+    try:
+        named = tuple(sorted(dict(given).items()))
+    except (TypeError, ValueError):
+        named = ((None, 0),)
+    for name, dim in named:
+        if not isinstance(name, str) or isinstance(dim, bool) or not isinstance(dim, int):
+            raise _bad("sharded_inputs", given, 'a mapping of names to dimensions, such as {"input_ids": 0}')
+    return named
 
 
 def _bad(name: str, value: object, allowed: str) -> OptionError:

@@ -13,6 +13,7 @@ from cppass.arithmetic import Numbers
 from cppass.errors import Unsupported
 from cppass.ops import CANONICAL
 from cppass.target import Ranks
+from cppass.tokens import Size, size_of
 from cppass.torch_private import fake_mode_of, without_fakes
 
 c10d = torch.ops._c10d_functional
@@ -26,6 +27,7 @@ class Emitter:
         self.gm, self.graph = gm, gm.graph
         self.fake_mode = fake_mode_of(gm.graph)
         self.origin: fx.Node | None = None
+        self.sizes: dict[Size, fx.Node | None] = {}
         self.numbers = Numbers(lambda function, args: self(function, *args))
 
     def __call__(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
@@ -41,8 +43,19 @@ class Emitter:
 
     def size(self, x: fx.Node, dim: int) -> int | fx.Node:
         """A size of a tensor, as an int or a node."""
-        size = x.meta["val"].shape[dim]
-        return size if isinstance(size, int) else self(torch.ops.aten.sym_size.int, x, dim)
+        size = size_of(x.meta["val"].shape[dim])
+        if isinstance(size, int):
+            return size
+        if size not in self.sizes:
+            self.sizes[size] = self._input_size(size)
+        known = self.sizes[size]
+        return known if known is not None else self(torch.ops.aten.sym_size.int, x, dim)
+
+    def _input_size(self, size: Size) -> fx.Node | None:
+        """A size as one of the graph's inputs gives it, so that the host can tell it before a call."""
+        inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
+        numbers = [node for node in inputs if isinstance(node.meta.get("val"), torch.SymInt)]
+        return next((node for node in numbers if size_of(node.meta["val"]) == size), None)
 
     def all_gather(self, packed: fx.Node, ranks: Ranks) -> fx.Node:
         """[n, ...] of every rank -> [P * n, ...], rank after rank."""

@@ -40,6 +40,10 @@ class OptionError(CPError, ValueError):
     """An option or argument is unknown or has a value that is not allowed (CP0xx)."""
 
 
+class StepError(CPError, ValueError):
+    """What a model runner says of a step does not fit together (CP61x)."""
+
+
 class Unsupported(CPError, NotImplementedError):
     """A named feature that cppass does not rewrite (yet). Nothing was rewritten."""
 

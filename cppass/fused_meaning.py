@@ -59,22 +59,49 @@ def fused_attention(
     """Attention of each rank's rows over whole keys and values: (output, log-sum-exp) like the op's, padding rows 0."""
     layout, results = Zigzag(tuple(lengths), cp_size, even), []
     for rank, q in enumerate(qs):
-        q_BRND = _rows_first(q, input_layout, num_heads)
-        out_BRND, sums_BRN = torch.zeros_like(q_BRND), q_BRND.new_zeros(q_BRND.shape[:3], dtype=torch.float32)
-        natural = torch.tensor([-1 if p is None else p for p in layout.positions(rank)])
-        q_ends, kv_ends = _ints(q_tensors[rank], q_lengths), _ints(kv_tensors[rank], kv_lengths)
-        groups = num_key_value_heads or num_heads
-        keys = _pages(ks[rank], block_tables[rank], groups), _pages(vs[rank], block_tables[rank], groups)
-        for s in _sequences(*keys, input_layout, layout.tokens, block_tables[rank], q_ends, kv_ends, groups):
-            local = ((natural >= s.first) & (natural < s.first + s.rows)).nonzero().flatten()
-            offset = natural[local] - s.first
-            seen = _visible(
-                offset, s, sparse_mode, pre_tokens, _own(masks[rank] if sparse_mode < 2 else None, s, local)
+        given = ks[rank], vs[rank], masks[rank], block_tables[rank], sinks[rank]
+        ends = _ints(q_tensors[rank], q_lengths), _ints(kv_tensors[rank], kv_lengths)
+        results.append(
+            attend(
+                layout, rank, q, *given, *ends, input_layout, num_heads, num_key_value_heads, scale, sparse_mode,
+                pre_tokens, lse,
             )
-            out, sums = _attend(q_BRND[s.batch, local], s, seen, scale, sinks[rank])
-            out_BRND[s.batch, local], sums_BRN[s.batch, local] = out, sums
-        results.append((_as_given(out_BRND, input_layout), _lse(sums_BRN, input_layout) if lse else q.new_empty(0)))
+        )  # fmt: skip
     return results
+
+
+def attend(
+    layout: Zigzag,
+    rank: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    block_table: Tensor | None,
+    sink: Tensor | None,
+    q_lengths: list[int] | None,
+    kv_lengths: list[int] | None,
+    input_layout: str,
+    num_heads: int,
+    num_key_value_heads: int,
+    scale: float,
+    sparse_mode: int,
+    pre_tokens: int,
+    lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """(output, log-sum-exp) of one rank's rows; keys and values are a paged cache, or dense in natural order."""
+    q_BRND = _rows_first(q, input_layout, num_heads)
+    out_BRND, sums_BRN = torch.zeros_like(q_BRND), q_BRND.new_zeros(q_BRND.shape[:3], dtype=torch.float32)
+    natural = torch.tensor([-1 if p is None else p for p in layout.positions(rank)])
+    groups = num_key_value_heads or num_heads
+    keys = _pages(k, block_table, groups), _pages(v, block_table, groups)
+    for s in _sequences(*keys, input_layout, layout.tokens, block_table, q_lengths, kv_lengths, groups):
+        local = ((natural >= s.first) & (natural < s.first + s.rows)).nonzero().flatten()
+        offset = natural[local] - s.first
+        seen = _visible(offset, s, sparse_mode, pre_tokens, _own(mask if sparse_mode < 2 else None, s, local))
+        out, sums = _attend(q_BRND[s.batch, local], s, seen, scale, sink)
+        out_BRND[s.batch, local], sums_BRN[s.batch, local] = out, sums
+    return _as_given(out_BRND, input_layout), _lse(sums_BRN, input_layout) if lse else q.new_empty(0)
 
 
 def _ints(tensor: Tensor | None, given: list[int] | None) -> list[int] | None:

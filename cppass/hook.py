@@ -42,8 +42,13 @@ def npu_pass(config: CPConfig | None = None, **options: Any) -> Hook:
         CPError: from the compiler: CP507, symbolic lengths under ACL graph.
     """
     config = CPConfig.merged(config, options)
-    if config.target == "host" or config.check_inputs:
-        wrong = "target='host'" if config.target == "host" else "check_inputs=True"
+    wrongs = {
+        "target='host'": config.target == "host",
+        "check_inputs=True": config.check_inputs,
+        "inputs='sharded'": config.inputs == "sharded",  # a hook does not see what the model calls its inputs
+    }
+    wrong = next((text for text, given in wrongs.items() if given), "")
+    if wrong:
         raise OptionError("CP003", f"option {wrong} does not go with npu_pass", "leave it out, or use backend='npu_cp'")
     ranks = ranks_without_group(config)
     return _identified(functools.partial(_run, config, ranks), f"cppass {__version__} {config} {ranks}")

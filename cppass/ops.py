@@ -6,6 +6,7 @@ Running a canonical op in a process of its own is an error, since it does not kn
 
 Shapes: S tokens (the sum of `lengths`), P ranks, m local rows (see cppass/layout.py). The token dimension has size
 outer * S * inner (Full) or outer * m * inner (Local). Every op names the layout: `lengths`, `cp_size`, `even`.
+Ops of graphs whose inputs arrive sharded are in cppass/sharded_ops.py.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from cppass import sharded_ops
 from cppass.errors import VerifyError
 from cppass.fused_meaning import PER_RANK as FUSED_PER_RANK
 from cppass.fused_meaning import fused_attention
@@ -43,6 +45,7 @@ SCHEMAS = {
         "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? prefix_tensor, SymInt prefix, SymInt[] lengths, "
         "int cp_size, bool even, bool causal, int window, float? scale) -> Tensor"
     ),
+    **sharded_ops.SCHEMAS,
 }
 
 
@@ -182,8 +185,9 @@ MEANINGS: dict[str, Callable[..., list[Any]]] = {
     "gathered_order": gathered_order,
     "attention": attention,
     "fused_attention": fused_attention,
+    **sharded_ops.MEANINGS,
 }
-PER_RANK = {"attention": 5, "fused_attention": FUSED_PER_RANK}
+PER_RANK = {"attention": 5, "fused_attention": FUSED_PER_RANK, **sharded_ops.PER_RANK}
 """Leading arguments of a meaning that are lists with one entry a rank; 1 for the others."""
 
 
@@ -269,6 +273,7 @@ SHAPES: dict[str, Callable[..., Any]] = {
     "gathered_order": gathered_order_shape,
     "fused_attention": fused_attention_shape,
     "attention": attention_shape,
+    **sharded_ops.SHAPES,
 }
 
 

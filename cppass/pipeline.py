@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from torch import fx
 
@@ -12,23 +13,46 @@ from cppass.explain_node import op_of, refuse
 from cppass.match import find_sites
 from cppass.plan import make_plan
 from cppass.prepare import prepare
-from cppass.report import LEFT_ALONE, REFUSED, REWRITTEN, Report, describe_gathers, describe_site, mask_notes
+from cppass.report import (
+    LEFT_ALONE,
+    REFUSED,
+    REWRITTEN,
+    Report,
+    describe_gathers,
+    describe_sharded,
+    describe_site,
+    mask_notes,
+)
 from cppass.rewrite import rewrite
 from cppass.rules import name_of, shape_of
 from cppass.shard import propagate, unify_sizes
+from cppass.sharded_inputs import entering_inputs
+from cppass.sharded_plan import make_sharded_plan
+from cppass.sharded_rewrite import rewrite_sharded
+from cppass.sharded_verify import verify_sharded
 from cppass.site import AttentionSite
 from cppass.step import Step, step_of, too_short
+from cppass.tokens import Tokens
 from cppass.verify import verify
 
 
-def rewrite_graph(gm: fx.GraphModule, config: CPConfig, cp_size: int, group_name: str = "") -> Report:
+def rewrite_graph(
+    gm: fx.GraphModule,
+    config: CPConfig,
+    cp_size: int,
+    group_name: str = "",
+    input_names: Mapping[str, str] | None = None,
+) -> Report:
     """Rewrite a functional aten graph in place to canonical ops, or leave it as it is and say why.
 
     Args:
         group_name: of the ranks that share the sequence; collectives of the graph over these are refused.
+        input_names: what the model calls the inputs that are tensors, by placeholder; their targets if left out.
 
     Only a report with status "rewritten" means that `gm` has changed.
     """
+    if config.inputs == "sharded":
+        return _rewrite_sharded(gm, config, cp_size, group_name, input_names)
     graph = prepare(gm)
     found = find_sites(graph)
     base = Report(LEFT_ALONE, cp_size=cp_size, sites=tuple(describe_site(s) for s in found.sites))
@@ -61,6 +85,44 @@ def rewrite_graph(gm: fx.GraphModule, config: CPConfig, cp_size: int, group_name
     gm.graph = rewritten
     gm.recompile()
     return report
+
+
+def _rewrite_sharded(
+    gm: fx.GraphModule, config: CPConfig, cp_size: int, group_name: str, input_names: Mapping[str, str] | None
+) -> Report:
+    """The same for a graph whose token-wise inputs arrive as local rows."""
+    graph = prepare(gm)
+    found = find_sites(graph)
+    base = Report(LEFT_ALONE, cp_size=cp_size, sites=tuple(describe_site(s) for s in found.sites))
+    entering = entering_inputs(graph, config.sharded_inputs, input_names)
+    refusals = (*found.refusals, *_collectives(graph, group_name), *_unnamed(found.sites, entering, config))
+    if refusals:
+        return dataclasses.replace(base, status=REFUSED, reason=refusals[0].why, refusals=refusals)
+    if cp_size == 1 or not entering:
+        reason = "one rank: there is nothing to share" if cp_size == 1 else "no sharded input in this graph"
+        return dataclasses.replace(base, reason=reason)
+    plan = make_sharded_plan(graph, found.sites, entering, cp_size, config.remainder or "balanced")
+    if plan.refusals:
+        return dataclasses.replace(base, status=REFUSED, reason=plan.refusals[0].why, refusals=plan.refusals)
+    if not plan.sites:
+        return dataclasses.replace(base, reason="no attention in this graph, and every op of it is row by row")
+    rewritten = rewrite_sharded(graph, plan)
+    verify_sharded(rewritten, plan)
+    gm.graph = rewritten
+    gm.recompile()
+    tokens = f"{plan.rows} local rows"
+    return dataclasses.replace(base, status=REWRITTEN, tokens=tokens, gathers=describe_sharded(plan))
+
+
+def _unnamed(
+    sites: tuple[AttentionSite, ...], entering: Mapping[fx.Node, Tokens], config: CPConfig
+) -> tuple[Refusal, ...]:
+    """Attention in a graph that none of the named inputs enters: it would attend over local rows only."""
+    if not sites or entering:
+        return ()
+    names = ", ".join(name for name, _ in config.sharded_inputs)
+    why = f"this graph has attention, but none of the sharded inputs ({names}) among its inputs"
+    return (refuse("CP312", sites[0].node, why, "name the inputs as the model's forward does, in sharded_inputs"),)
 
 
 def _tokens_text(site: AttentionSite) -> int | str:

@@ -12,6 +12,7 @@ from cppass.errors import Refusal
 from cppass.explain_node import op_of, source_of
 from cppass.plan import CPPlan, Full
 from cppass.rules import shape_of
+from cppass.sharded_plan import ShardedPlan
 from cppass.site import AttentionSite
 from cppass.tokens import Size, divide, product
 
@@ -148,6 +149,21 @@ def describe_gathers(plan: CPPlan) -> tuple[GatherReport, ...]:
     return tuple(found)
 
 
+def describe_sharded(plan: ShardedPlan) -> tuple[GatherReport, ...]:
+    """The same of a graph whose inputs arrive sharded."""
+    found = []
+    for group in plan.groups:
+        row: Size = 0
+        for node in group:
+            row = row + (divide(_bytes(node), shape_of(node)[0]) or 0)
+        found.append(_received(plan.cp_size, group, "K and V of a site", plan.rows, row))
+    for node, rows in plan.lookups.items():
+        count = shape_of(rows.index)[0]
+        row = divide(_bytes(node), count) or 0
+        found.append(_received(plan.cp_size, (node,), f"{count} rows by index", count, row))
+    return tuple(found)
+
+
 def _gather(plan: CPPlan, nodes: tuple[fx.Node, ...], why: str, rows: Size) -> GatherReport:
     row: Size = 0
     for node in nodes:
@@ -156,7 +172,11 @@ def _gather(plan: CPPlan, nodes: tuple[fx.Node, ...], why: str, rows: Size) -> G
 
 
 def _describe(plan: CPPlan, nodes: tuple[fx.Node, ...], why: str, rows: Size, row: Size | None) -> GatherReport:
-    received = rows * (row or 0) * (plan.step.layout.cp_size - 1)
+    return _received(plan.step.layout.cp_size, nodes, why, rows, row or 0)
+
+
+def _received(cp_size: int, nodes: tuple[fx.Node, ...], why: str, rows: Size, row: Size) -> GatherReport:
+    received = rows * row * (cp_size - 1)
     known = received if isinstance(received, int) else None
     return GatherReport(tuple(n.name for n in nodes), why, known, str(received))
 

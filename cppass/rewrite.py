@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import operator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import sympy
@@ -19,6 +18,7 @@ from torch import fx
 
 import cppass.ops  # noqa: F401  (defines torch.ops.cppass)
 from cppass.arithmetic import Numbers, node_of
+from cppass.builder import Builder
 from cppass.errors import Unsupported
 from cppass.layout import Zigzag
 from cppass.match.kv import VIEWS
@@ -26,14 +26,12 @@ from cppass.plan import SIZES, CPPlan, Full, Local
 from cppass.rules import Transfer, is_tensor, iter_nodes, shape_of, tensor_operands
 from cppass.site import AttentionSite, FusedAttention, Lengths, Rewrite
 from cppass.tokens import Size, State, Tokens, size_of, sizes_of
-from cppass.torch_private import fake_mode_of
 
 aten = torch.ops.aten
 FUSED_OPTIONS = (
     *("input_layout", "num_heads", "num_key_value_heads", "scale", "sparse_mode", "pre_tokens", "next_tokens"),
     *("block_size", "inner_precise", "lse"),
 )
-KEPT_META = ("nn_module_stack", "stack_trace", "source_fn_stack", "original_aten", "from_node", "seq_nr")
 
 
 def rewrite(graph: fx.Graph, plan: CPPlan) -> fx.Graph:
@@ -48,18 +46,16 @@ def rewrite(graph: fx.Graph, plan: CPPlan) -> fx.Graph:
     return rewritten
 
 
-class _Rewriter:
+class _Rewriter(Builder):
     def __init__(self, graph: fx.Graph, plan: CPPlan) -> None:
-        self.old, self.plan = graph, plan
-        self.new = fx.Graph(graph.owning_module)
+        super().__init__(graph)
+        self.plan = plan
         self.full_nodes: dict[fx.Node, fx.Node] = {}
         self.local_nodes: dict[tuple[fx.Node, State], fx.Node] = {}
         self.group_of = {node: group for group in plan.groups for node, _ in group}
         self.gathered: dict[fx.Node, fx.Node] = {}
         self.gathering: set[fx.Node] = set()  # members of the merged gather that is being built
         self.site_of = {site.node: site for site in plan.sites}
-        self.origin: fx.Node | None = None
-        self.fake_mode = fake_mode_of(graph)
         self.sizes: dict[Size, fx.Node] = {}  # symbolic sizes by value, as new nodes
         self.local_size: dict[Size, Any] = {}
         self.in_order = {source for write in plan.slot_writes.values() for source in write.sources}
@@ -85,20 +81,6 @@ class _Rewriter:
                 for state in self.plan.local.get(node, ()):
                     self.local(node, state)
         return self.new
-
-    # -- emitting one node, with its metadata --
-
-    def emit(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
-        kwargs = kwargs or {}
-        node = self.new.call_function(target, args, kwargs)
-        if self.origin is not None:
-            node.meta.update({k: self.origin.meta[k] for k in KEPT_META if k in self.origin.meta})
-        with self._shapes():
-            node.meta["val"] = target(*fx.map_arg(args, _value), **fx.map_arg(kwargs, _value))
-        return node
-
-    def _shapes(self) -> AbstractContextManager[Any]:
-        return self.fake_mode if self.fake_mode is not None else nullcontext()
 
     def _remember_size(self, old: fx.Node, new: fx.Node) -> None:
         value = old.meta.get("val")
@@ -358,10 +340,6 @@ class _Rewriter:
         if key not in self.local_size:
             self.local_size[key] = node_of(self.zigzag().local_rows * self.numbers(self.number(key)))
         return self.local_size[key]  # type: ignore[no-any-return]
-
-
-def _value(node: fx.Node) -> Any:
-    return node.meta["val"]
 
 
 def _same_layout(old: fx.Node, new: fx.Node) -> bool:

@@ -31,6 +31,7 @@ def simulate(
     config: CPConfig | None = None,
     *,
     lower: bool = True,
+    rank_inputs: Sequence[Sequence[Any]] | None = None,
     **options: Any,
 ) -> list[Any]:
     """Run the pass on a graph for `cp_size` ranks and run the result on all of them, in this process.
@@ -38,6 +39,7 @@ def simulate(
     Args:
         gm: an FX GraphModule of aten ops, or a function to trace (static shapes). It is not changed.
         inputs: what every rank is handed ("replicated"); tensors are cloned per rank, so in-place writes stay apart.
+        rank_inputs: what each rank is handed, where that differs (inputs="sharded"); `inputs` is what is traced.
         lower: run the lowered graphs; False runs the canonical graph by the ops' meanings.
 
     Returns:
@@ -56,7 +58,7 @@ def simulate(
         graphs.append(own)
         if report.status != REWRITTEN:
             break
-    given = [_cloned(inputs) for _ in range(cp_size)]
+    given = [_cloned(own) for own in rank_inputs or [inputs] * cp_size]
     graphs = graphs if len(graphs) == cp_size else graphs[:1] * cp_size
     with torch.no_grad():
         outputs = _Lockstep(graphs, given).run()

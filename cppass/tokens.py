@@ -83,7 +83,10 @@ State: TypeAlias = Tokens | Counts
 
 def size_of(value: int | torch.SymInt) -> Size:
     """A plain int, or the sympy expression of a SymInt."""
-    return value if isinstance(value, int) else value.node.expr
+    if isinstance(value, int):
+        return value
+    expression = value.node.expr
+    return int(expression) if expression.is_Integer else expression  # a symbol that turned out to be a number
 
 
 def sizes_of(shape: torch.Size) -> tuple[Size, ...]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -29,6 +30,32 @@ def compile_number() -> tuple[str, int] | None:
     """(compile id as text, how often this frame was compiled before) while Dynamo compiles, else None."""
     current: Any = torch._guards.CompileContext.current_compile_id()
     return None if current is None else (str(current), int(current.frame_compile_id or 0))
+
+
+def dynamo_inputs(gm: fx.GraphModule) -> list[str]:
+    """What the compiled function calls each input of a Dynamo graph, in order: "position_ids", "metadata.slots[0]".
+
+    before:  L['metadata'].slot_mapping            after:  metadata.slot_mapping
+    """
+    names = []
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            source = getattr(node.meta.get("grapharg"), "source", None)
+            name = getattr(source, "name", "")
+            text = str(name() if callable(name) else name)
+            names.append(re.sub(r"^L\['(\w+)'\]", r"\1", text))
+    return names
+
+
+def aot_inputs(graph: fx.Graph, dynamo_names: Sequence[str]) -> dict[str, str]:
+    """The same names by placeholder of the graph that AOTAutograd made of it, "" for what is no input of it."""
+    found = {}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            index = getattr(node.meta.get("desc"), "idx", None)
+            known = isinstance(index, int) and index < len(dynamo_names)
+            found[node.name] = dynamo_names[index] if known else ""  # type: ignore[index]
+    return found
 
 
 def resolve_group(name: str) -> Any:

@@ -27,6 +27,8 @@ from cppass.tokens import Size, State, Tokens, divide, size_of
 
 canonical = torch.ops.cppass
 
+FUSED = (canonical.fused_attention.default, canonical.fused_attention_sharded.default)
+
 GATHERED = "gathered rows"
 """Order of Full rows as an all-gather leaves them, rank after rank."""
 
@@ -37,7 +39,7 @@ SLOT_WRITES = {"npu::npu_scatter_nd_update": {1, 2}, SCATTER_PA: {0, 1, 4}, "ate
 def verify(graph: fx.Graph, plan: CPPlan) -> None:
     """Raises VerifyError where the rewritten graph is not legal, or a site was found and not rewritten."""
     _coverage(graph, plan)
-    states = _Typing(plan).run(graph)
+    states = _ReplicatedTyping(plan.step.layout).run(graph)
     for node in graph.nodes:
         if node.op == "output" or (node.op == "call_function" and not is_tensor(node) and node.target not in CANONICAL):
             _all_full(node, states)
@@ -56,19 +58,18 @@ def _coverage(graph: fx.Graph, plan: CPPlan) -> None:
 def _all_full(node: fx.Node, states: dict[fx.Node, State]) -> None:
     for operand in tensor_operands(node):
         if operand in states:
-            raise _illegal(node, f"takes {operand.name}, {states[operand]}, where the whole value is meant")
+            raise illegal(node, f"takes {operand.name}, {states[operand]}, where the whole value is meant")
 
 
-def _illegal(node: fx.Node, why: str) -> VerifyError:
+def illegal(node: fx.Node, why: str) -> VerifyError:
     return VerifyError("CP403", f"illegal rewrite: {node.name} ({op_of(node)}) {why}", "please report this")
 
 
-class _Typing:
+class Typing:
     """States of the Local values of a rewritten graph; values that are not in it are Full."""
 
-    def __init__(self, plan: CPPlan) -> None:
-        self.layout = plan.step.layout
-        self.rows: Size = 0
+    def __init__(self, rows: Size = 0) -> None:
+        self.rows = rows  # local ones
         self.states: dict[fx.Node, State] = {}
 
     def run(self, graph: fx.Graph) -> dict[fx.Node, State]:
@@ -82,43 +83,41 @@ class _Typing:
     def _state(self, node: fx.Node) -> State | None:
         name = CANONICAL.get(node.target)
         if name is not None:
-            self._same_layout(node)
             state: State | None = getattr(self, f"_{name}")(node)
             return state
-        if node.target is operator.getitem and node.args[0].target is canonical.fused_attention.default:  # type: ignore[union-attr]
+        if node.target is operator.getitem and node.args[0].target in FUSED:  # type: ignore[union-attr,operator]
             return self._element(node)
         operands = tensor_operands(node)
         given = tuple(self.states.get(x) for x in operands)
         if not any(given):
             return None
         if getattr(node.target, "_schema", None) is not None and node.target._schema.is_mutable:  # type: ignore[union-attr]
-            raise _illegal(node, "writes a Local value into an input")
+            raise illegal(node, "writes a Local value into an input")
         in_order = any(isinstance(s, Tokens) and s.order == GATHERED for s in given)
         if in_order and name_of(node) in SLOT_WRITES:
-            self._slot_write(node, operands, given)
+            self.slot_write(node, operands, given)
             return None
-        rule, rows = rule_of(node), self.layout.tokens if in_order else self.rows
+        rule, rows = rule_of(node), self.gathered_rows() if in_order else self.rows
         for slot, state in enumerate(given):
             transfer = rule.forward(node, slot, state, rows) if rule is not None and state is not None else None
             if transfer is not None and self._agree(operands, given, transfer.operands):
                 return transfer.out
-        raise _illegal(node, f"mixes rows: operands are {[str(s) if s else 'Full' for s in given]}")
+        raise illegal(node, f"mixes rows: operands are {[str(s) if s else 'Full' for s in given]}")
 
     def _element(self, node: fx.Node) -> State | None:
         """Output or log-sum-exp of a fused attention."""
         source = node.args[0]
         assert isinstance(source, fx.Node)
-        layout = str(named_arguments(source)["input_layout"])
+        layout = str(named_arguments(source).get("input_layout", "TND"))
         return self.states[source] if node.args[1] == 0 else Tokens(LSE_DIM[layout])
 
-    def _slot_write(self, node: fx.Node, operands: list[fx.Node], given: tuple[State | None, ...]) -> None:
-        """Rows in gathered order go to slots in gathered order, all of them, into a whole cache."""
-        rows = SLOT_WRITES[name_of(node)]
-        wanted = tuple(Tokens(0, order=GATHERED) if i in rows else None for i in range(len(operands)))
-        if given != wanted:
-            raise _illegal(
-                node, f"writes rows and slots in different order: {[str(s) if s else 'Full' for s in given]}"
-            )
+    def gathered_rows(self) -> Size:
+        """Rows that all ranks have together."""
+        raise NotImplementedError
+
+    def slot_write(self, node: fx.Node, operands: list[fx.Node], given: tuple[State | None, ...]) -> None:
+        """Raise where rows in gathered order are not written to slots in gathered order."""
+        raise NotImplementedError
 
     def _agree(
         self, operands: list[fx.Node], given: tuple[State | None, ...], wanted: tuple[State | None, ...]
@@ -131,27 +130,50 @@ class _Typing:
                 return False
         return True
 
+
+class _ReplicatedTyping(Typing):
+    """The canonical ops of graphs that shard their inputs."""
+
+    def __init__(self, layout: Zigzag) -> None:
+        super().__init__()
+        self.layout = layout
+
+    def gathered_rows(self) -> Size:
+        return self.layout.tokens
+
+    def slot_write(self, node: fx.Node, operands: list[fx.Node], given: tuple[State | None, ...]) -> None:
+        """Rows in gathered order go to slots in gathered order, all of them, into a whole cache."""
+        rows = SLOT_WRITES[name_of(node)]
+        wanted = tuple(Tokens(0, order=GATHERED) if i in rows else None for i in range(len(operands)))
+        if given != wanted:
+            raise illegal(node, f"writes rows and slots in different order: {[str(s) if s else 'Full' for s in given]}")
+
+    def _state(self, node: fx.Node) -> State | None:
+        if node.target in CANONICAL:
+            self._same_layout(node)
+        return super()._state(node)
+
     def _same_layout(self, node: fx.Node) -> None:
         """Every canonical op cuts and joins by the plan's token count and ranks."""
         given = named_arguments(node)
         lengths, cp_size, even = given["lengths"], given["cp_size"], given["even"]
         seen = Zigzag(tuple(_size(n) for n in lengths), cp_size, even)
         if seen != self.layout:
-            raise _illegal(node, f"lays out {_text(seen)}; the plan says {_text(self.layout)}")
+            raise illegal(node, f"lays out {_text(seen)}; the plan says {_text(self.layout)}")
 
     def _shard(self, node: fx.Node) -> State:
         x, dim, inner = node.args[:3]
         assert isinstance(x, fx.Node) and isinstance(dim, int)
         if x in self.states:
-            raise _illegal(node, "shards a Local value")
+            raise illegal(node, "shards a Local value")
         tokens = self.layout.tokens
         outer = divide(shape_of(x)[dim], tokens * _size(inner))
         rows = None if outer is None else divide(shape_of(node)[dim], outer * _size(inner))
         known = isinstance(rows, int) and isinstance(tokens, int)
         if outer is None or rows is None or (known and rows != self.layout.local_rows):
-            raise _illegal(node, f"shards dim {dim} of {list(shape_of(x))}, which does not carry {tokens} tokens")
+            raise illegal(node, f"shards dim {dim} of {list(shape_of(x))}, which does not carry {tokens} tokens")
         if self.rows not in (0, rows):
-            raise _illegal(node, f"has {rows} local rows where others have {self.rows}")
+            raise illegal(node, f"has {rows} local rows where others have {self.rows}")
         self.rows = rows
         return Tokens(dim, outer, _size(inner))
 
@@ -159,34 +181,34 @@ class _Typing:
         xs, dims, inners, *_ = node.args
         natural = named_arguments(node)["natural"]
         if not natural and not (self.layout.even and set(dims) == {0} and set(inners) == {1}):  # type: ignore[arg-type]
-            raise _illegal(node, "leaves rows in gathered order where there is padding, or in an inner dimension")
+            raise illegal(node, "leaves rows in gathered order where there is padding, or in an inner dimension")
         for x, dim, inner in zip(xs, dims, inners, strict=True):  # type: ignore[arg-type]
             state = self.states.get(x)
             if not (isinstance(state, Tokens) and state.plain and (state.dim, state.inner) == (dim, _size(inner))):
-                raise _illegal(node, f"gathers {x.name}, which is {state or 'Full'}, along dim {dim}")
+                raise illegal(node, f"gathers {x.name}, which is {state or 'Full'}, along dim {dim}")
         return None if natural else Tokens(0, order=GATHERED)
 
     def _gather_rows(self, node: fx.Node) -> None:
         x, dim = node.args[:2]
         if self.states.get(x) != Tokens(dim):  # type: ignore[arg-type]
-            raise _illegal(node, f"picks rows of {x}, which is {self.states.get(x) or 'Full'}")  # type: ignore[arg-type]
+            raise illegal(node, f"picks rows of {x}, which is {self.states.get(x) or 'Full'}")  # type: ignore[arg-type]
 
     def _gather_rows_at(self, node: fx.Node) -> None:
         x, dim, index = node.args[:3]
         if self.states.get(x) != Tokens(dim) or index in self.states:  # type: ignore[arg-type]
-            raise _illegal(node, f"looks up rows of {x}, which is {self.states.get(x) or 'Full'}")  # type: ignore[arg-type]
+            raise illegal(node, f"looks up rows of {x}, which is {self.states.get(x) or 'Full'}")  # type: ignore[arg-type]
 
     def _gathered_order(self, node: fx.Node) -> State:
         x = node.args[0]
         if x in self.states or not self.layout.even or shape_of(x)[0] != self.layout.tokens:  # type: ignore[arg-type]
-            raise _illegal(node, f"puts {x} in gathered order")
+            raise illegal(node, f"puts {x} in gathered order")
         return Tokens(0, order=GATHERED)
 
     def _fused_attention(self, node: fx.Node) -> State:
         given = named_arguments(node)
         dim = TOKEN_DIM[given["input_layout"]]
         if self.states.get(given["q"]) != Tokens(dim):
-            raise _illegal(node, f"has a query that is {self.states.get(given['q']) or 'Full'}")
+            raise illegal(node, f"has a query that is {self.states.get(given['q']) or 'Full'}")
         own_mask = given["sparse_mode"] in (0, 1)
         for name in ("k", "v", "mask", "block_table", "sink", "q_tensor", "kv_tensor"):
             value = given[name]
@@ -194,21 +216,21 @@ class _Typing:
                 continue
             wanted = Tokens(len(shape_of(value)) - 2) if name == "mask" and own_mask else None
             if self.states.get(value) != wanted:
-                raise _illegal(node, f"has a {name} that is {self.states.get(value) or 'Full'}, not {wanted or 'Full'}")
+                raise illegal(node, f"has a {name} that is {self.states.get(value) or 'Full'}, not {wanted or 'Full'}")
         return Tokens(dim)
 
     def _attention(self, node: fx.Node) -> State:
         q, k, v, mask, prefix_tensor = node.args[:5]
         if self.states.get(q) != Tokens(2):  # type: ignore[arg-type]
-            raise _illegal(node, f"has a query that is {self.states.get(q) or 'Full'}")  # type: ignore[arg-type]
+            raise illegal(node, f"has a query that is {self.states.get(q) or 'Full'}")  # type: ignore[arg-type]
         for whole in (k, v, prefix_tensor):
             if isinstance(whole, fx.Node) and whole in self.states:
-                raise _illegal(node, f"attends over {whole.name}, which is {self.states[whole]}")
+                raise illegal(node, f"attends over {whole.name}, which is {self.states[whole]}")
         if isinstance(mask, fx.Node):
             ndim = len(shape_of(mask))
             wanted = None if shape_of(mask)[ndim - 2] == 1 else Tokens(ndim - 2)
             if self.states.get(mask) != wanted:
-                raise _illegal(node, f"has a mask that is {self.states.get(mask) or 'Full'}, not {wanted or 'Full'}")
+                raise illegal(node, f"has a mask that is {self.states.get(mask) or 'Full'}, not {wanted or 'Full'}")
         return Tokens(2)
 
 

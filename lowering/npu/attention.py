@@ -43,14 +43,18 @@ def fused_attention(emit: Emitter, rows: Rows, node: fx.Node, ranks: Ranks) -> l
     dim, start, results = TOKEN_DIM[given["input_layout"]], 0, []
     for half in (0, 1):
         call = _tensor_call(emit, layout, ranks.rank, half, given) or _list_call(emit, layout, ranks.rank, half, given)
-        if isinstance(call.rows, int) and call.rows == 0:
+        if is_known(call.rows, 0):
             continue  # the op refuses an empty query
-        results.append(_call(emit, rows, given, call, start, dim))
+        results.append(call_half(emit, rows, given, call, start, dim))
         start = start + call.rows
-    joined = [_joined(emit, [r[0] for r in results], dim, layout, ranks.rank)]
+    results_of_op = [joined(emit, [r[0] for r in results], dim, layout, ranks.rank)]
     if given["lse"]:
-        joined.append(_joined(emit, [r[1] for r in results], LSE_DIM[given["input_layout"]], layout, ranks.rank))
-    return joined
+        results_of_op.append(joined(emit, [r[1] for r in results], LSE_DIM[given["input_layout"]], layout, ranks.rank))
+    return results_of_op
+
+
+def is_known(number: Any, value: int) -> bool:
+    return isinstance(number, int) and number == value
 
 
 def _list_call(emit: Emitter, layout: Zigzag, rank: int, half: Half, given: dict[str, Any]) -> HalfCall:
@@ -90,7 +94,8 @@ def _tensor_call(emit: Emitter, layout: Zigzag, rank: int, half: Half, given: di
     return HalfCall(count, own, keys, None, CAUSAL.get(mode, mode))  # type: ignore[arg-type]
 
 
-def _call(emit: Emitter, rows: Rows, given: dict[str, Any], call: HalfCall, start: Any, dim: int) -> list[fx.Node]:
+def call_half(emit: Emitter, rows: Rows, given: dict[str, Any], call: HalfCall, start: Any, dim: int) -> list[fx.Node]:
+    """Output and log-sum-exp (where it is asked for) of the query rows from `start` on."""
     end = start + call.rows
     query = _dense(emit, emit(aten.slice.Tensor, given["q"], dim, node_of(start), node_of(end)))
     key, value = (_seen(emit, rows, given[x], call) for x in ("k", "v"))
@@ -139,7 +144,7 @@ def _dense(emit: Emitter, x: fx.Node) -> fx.Node:
     return emit(aten.clone.default, x, memory_format=torch.contiguous_format)
 
 
-def _joined(emit: Emitter, halves: list[fx.Node], dim: int, layout: Zigzag, rank: int) -> fx.Node:
+def joined(emit: Emitter, halves: list[fx.Node], dim: int, layout: Zigzag, rank: int) -> fx.Node:
     """The halves one after the other, then zeros in the padding rows.
 
     There is at most one row of padding a sequence: so many are added and what is too much is cut off, since a size that

@@ -15,7 +15,8 @@ import torch
 from torch import fx
 
 from cppass.errors import CPError
-from lowering.npu.hoist import computed_lengths, hoist_lengths
+from lowering.npu.hoist import Host, computed_lengths, hoist
+from lowering.npu.tables import tables
 
 
 def compile_with(gm: fx.GraphModule, example_inputs: Sequence[Any], inner: str) -> Callable[..., Any]:
@@ -41,10 +42,20 @@ def _npugraph_ex(gm: fx.GraphModule, example_inputs: Sequence[Any], on_host: boo
     _, _, npugraph_ex = _imported("torch_npu", "torchair", "npugraph_ex")
     register_writes()
     options = {"force_eager": True} if on_host else {}
-    if not computed_lengths(gm):
-        return npugraph_ex.compile_fx(gm, list(example_inputs), options)  # type: ignore[no-any-return]
-    inputs, host = hoist_lengths(gm, example_inputs)
-    compiled = npugraph_ex.compile_fx(gm, inputs, options)
+    given, host = _hoisted(gm, example_inputs, [*computed_lengths(gm), *tables(gm)])
+    return _after(host, npugraph_ex.compile_fx(gm, given, options))
+
+
+def _hoisted(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], computed: list[fx.Node]
+) -> tuple[list[Any], Host | None]:
+    """Example inputs, and what computes the ones that were added; None where none were."""
+    return hoist(gm, example_inputs, computed) if computed else (list(example_inputs), None)
+
+
+def _after(host: Host | None, compiled: Callable[..., Any]) -> Callable[..., Any]:
+    if host is None:
+        return compiled
 
     def run(*args: Any) -> Any:
         return compiled(*args, *host(*args))
@@ -56,7 +67,8 @@ def _torchair(gm: fx.GraphModule, example_inputs: Sequence[Any], on_host: bool) 
     _, torchair = _imported("torch_npu", "torchair")
     config = torchair.CompilerConfig()
     config.debug.run_eagerly = on_host
-    return torchair.get_compiler(config)(gm, list(example_inputs))  # type: ignore[no-any-return]
+    given, host = _hoisted(gm, example_inputs, tables(gm))
+    return _after(host, torchair.get_compiler(config)(gm, given))
 
 
 def register_writes() -> None:

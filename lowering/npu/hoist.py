@@ -1,4 +1,4 @@
-"""Computed lengths as graph inputs: an ACL graph rebinds lengths per step from its inputs, and only from those.
+"""Computed lengths and index tables as graph inputs: an ACL graph rebinds lengths from its inputs, and only from those.
 
 before:  n = floordiv(s, 4)                            after:  def host(x, s): return (s // 4,)
          attention(..., actual_seq_lengths=[n])               attention(..., actual_seq_lengths=[length_0])
@@ -16,10 +16,11 @@ from torch import fx
 from cppass.errors import CPError
 from cppass.fused_op import V1, V2
 from lowering.npu.attention import is_fused
+from lowering.npu.tables import TABLES
 
 LISTS = tuple(names[key] for names in (V1, V2) for key in ("q_lengths", "kv_lengths"))
 
-Host = Callable[..., tuple[int, ...]]
+Host = Callable[..., tuple[Any, ...]]
 
 
 def computed_lengths(gm: fx.GraphModule) -> list[fx.Node]:
@@ -32,8 +33,8 @@ def computed_lengths(gm: fx.GraphModule) -> list[fx.Node]:
     return list(found)
 
 
-def hoist_lengths(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[list[Any], Host]:
-    """Make every computed length a new input of `gm`, in place.
+def hoist(gm: fx.GraphModule, example_inputs: Sequence[Any], lengths: list[fx.Node]) -> tuple[list[Any], Host]:
+    """Make computed lengths and tables new inputs of `gm`, in place.
 
     Returns:
         The example inputs with those of the new ones, and what computes the new inputs from the old ones before a call.
@@ -41,7 +42,6 @@ def hoist_lengths(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[li
     Raises:
         CPError: CP506, a length is not arithmetic on the graph's inputs.
     """
-    lengths = computed_lengths(gm)
     host = _program(gm, lengths)
     inputs: dict[fx.Node, fx.Node] = {}
     last = [n for n in gm.graph.nodes if n.op == "placeholder"][-1]
@@ -49,6 +49,8 @@ def hoist_lengths(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[li
         with gm.graph.inserting_after(last):
             last = inputs[length] = gm.graph.placeholder(f"length_{i}")
         last.meta["val"] = length.meta["val"]
+        if length.target in TABLES:
+            length.replace_all_uses_with(last)
     for node in gm.graph.nodes:
         for name in LISTS:
             if is_fused(node) and isinstance(node.kwargs.get(name), (list, tuple)):
@@ -88,6 +90,8 @@ def _program(gm: fx.GraphModule, lengths: list[fx.Node]) -> Host:
 
 def _check_arithmetic(node: fx.Node) -> None:
     if node.op == "call_function" and isinstance(node.meta.get("val"), (int, torch.SymInt)):
+        return
+    if node.target in TABLES:
         return
     raise CPError(
         "CP506",

@@ -51,7 +51,7 @@ class Rows:
         if layout.even or isinstance(layout.local_rows, int):
             return index
         last = node_of(layout.tokens - 1)
-        return self._once(("clamped", index), lambda: self.emit(aten.clamp.default, index, None, last))
+        return self.once(("clamped", index), lambda: self.emit(aten.clamp.default, index, None, last))
 
     def restored(self, layout: Zigzag) -> fx.Node:
         """Where natural rows are among gathered rows [S]."""
@@ -99,9 +99,10 @@ class Rows:
             counted = self.emit(aten.arange.default, node_of(size), dtype=torch.int64, device=self.device)
             return self._mapped(counted, found, slope=1)
 
-        return self._once((name, *(node_of(n) for n in numbers)), make)
+        return self.once((name, *(node_of(n) for n in numbers)), make)
 
-    def _once(self, key: tuple[Any, ...], make: Callable[[], fx.Node]) -> fx.Node:
+    def once(self, key: tuple[Any, ...], make: Callable[[], fx.Node]) -> fx.Node:
+        """What `make` emits, the first time it is asked for."""
         if key not in self.made:
             self.made[key] = make()
         return self.made[key]

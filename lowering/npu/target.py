@@ -12,7 +12,7 @@ from torch import fx
 
 from cppass.emitter import Emitter
 from cppass.target import Ranks
-from lowering.npu import attention, moves
+from lowering.npu import attention, moves, sharded
 from lowering.npu.compilers import compile_with, register_writes
 from lowering.npu.hoist import computed_lengths
 from lowering.npu.rows import Rows
@@ -26,6 +26,9 @@ LOWERINGS: dict[str, Lowering] = {
     "gather_rows_at": moves.gather_rows_at,
     "gathered_order": moves.gathered_order,
     "fused_attention": attention.fused_attention,
+    "gather_sharded": sharded.gather_sharded,
+    "look_up_sharded": sharded.look_up_sharded,
+    "fused_attention_sharded": sharded.fused_attention_sharded,
 }
 
 

@@ -17,6 +17,8 @@ DEFAULTS = {
     "cp_size": None,
     "rank": None,
     "inputs": "replicated",
+    "sharded_inputs": (),
+    "remainder": None,
     "target": "auto",
     "inner": "auto",
     "on_refusal": "raise",
@@ -143,11 +145,41 @@ def test_a_config_is_frozen() -> None:
         CPConfig().cp_size = 2  # type: ignore[misc]
 
 
-@pytest.mark.parametrize(("name", "value"), [("inputs", "sharded")])
-def test_what_is_not_implemented_says_so(name: str, value: str) -> None:
+SHARDED = {"inputs": "sharded", "sharded_inputs": {"position_ids": 0, "input_ids": 0}}
+
+
+def test_sharded_inputs_are_taken() -> None:
+    config = CPConfig.from_options(SHARDED | {"remainder": "first"})
+    assert config.sharded_inputs == (("input_ids", 0), ("position_ids", 0))
+    assert CPConfig.merged(config, {"strict": True}).sharded_inputs == config.sharded_inputs
+    assert hash(config) == hash(CPConfig.from_options(SHARDED | {"remainder": "first"}))
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"inputs": "sharded"}, "sharded_inputs={} is not allowed"),
+        (SHARDED | {"sharded_inputs": ["input_ids"]}, "a mapping of names to dimensions"),
+        (SHARDED | {"sharded_inputs": {"input_ids": "0"}}, "a mapping of names to dimensions"),
+        (SHARDED | {"on_refusal": "fallback"}, "attend over local rows only"),
+        (SHARDED | {"min_tokens": 128}, "attend over local rows only"),
+        (SHARDED | {"check_inputs": True}, "ranks are handed different ids"),
+        (SHARDED | {"remainder": "last"}, "one of None, 'first', 'balanced'"),
+        ({"sharded_inputs": {"input_ids": 0}}, "for inputs='sharded' alone"),
+        ({"remainder": "balanced"}, "for inputs='sharded' alone"),
+    ],
+)
+def test_what_does_not_go_with_the_way_inputs_arrive(given: dict[str, Any], why: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        CPConfig.from_options(given)
+    assert caught.value.code == "CP003"
+    assert why in str(caught.value)
+
+
+def test_what_is_not_implemented_says_so() -> None:
     """Allowed names of things to come: Unsupported, not a misspelt option."""
-    with pytest.raises(cppass.Unsupported, match=f"option {name}='{value}' is not implemented") as caught:
-        CPConfig.from_options({name: value})
+    with pytest.raises(cppass.Unsupported, match="inputs='sharded' with target='host' is not implemented") as caught:
+        CPConfig.from_options(SHARDED | {"target": "host"})
     assert caught.value.code == "CP002"
 
 

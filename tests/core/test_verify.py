@@ -365,6 +365,11 @@ CALLS: dict[str, Callable[[], Any]] = {
     "fused_attention": lambda: canonical.fused_attention(
         x, x, x, *[None] * 7, [8], 2, True, "op", "BNSD", 2, 2, 1.0, 3, 0, 0, 0, 0, False
     ),
+    "gather_sharded": lambda: canonical.gather_sharded([x], 2),
+    "look_up_sharded": lambda: canonical.look_up_sharded(x, torch.tensor([3]), [16], 2, "first"),
+    "fused_attention_sharded": lambda: canonical.fused_attention_sharded(
+        x, x, x, None, None, None, [16], [16], 2, "first", "op", 2, 2, 1.0, 3, 0, 0, 0, 0, False
+    ),
     "attention": lambda: canonical.attention(x, x, x, None, None, 0, [16], 2, True, True, 0, None),
 }
 
