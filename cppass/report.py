@@ -10,6 +10,7 @@ from torch import fx
 
 from cppass.errors import Refusal
 from cppass.explain_node import op_of, source_of
+from cppass.match.kv import write_of
 from cppass.plan import CPPlan, Full
 from cppass.rules import shape_of
 from cppass.sharded_plan import ShardedPlan
@@ -110,7 +111,7 @@ def _counted(sites: tuple[SiteReport, ...]) -> dict[str, int]:
 
 
 def describe_site(site: AttentionSite) -> SiteReport:
-    write = site.key_fresh.form
+    write = site.key_fresh.form or _write_beside(site)
     if site.causal is not None:
         mask = "causal" + (f", window {site.causal.window}" if site.causal.window else "")
         mask += " on a filled cache" if site.causal.terms or site.causal.constant else ""
@@ -126,6 +127,12 @@ def describe_site(site: AttentionSite) -> SiteReport:
         mask,
         source_of(site.node),
     )
+
+
+def _write_beside(site: AttentionSite) -> str:
+    """The form of a write that comes after the attention, of the same rows; "" without one."""
+    found = [write_of(reader) for user in site.key_fresh.source.users for reader in (user, *user.users)]
+    return next((w.form for w in found if w is not None and w.rows is site.key_fresh.source and w.form != "cat"), "")
 
 
 def describe_gathers(plan: CPPlan) -> tuple[GatherReport, ...]:
