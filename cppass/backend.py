@@ -20,6 +20,7 @@ from cppass.guard import agree_on_inputs
 from cppass.pipeline import rewrite_graph
 from cppass.ranks import ranks_of
 from cppass.report import LEFT_ALONE, REFUSED, REWRITTEN, Report, record
+from cppass.step_tag import check_steps
 from cppass.target import Ranks, load, target_of
 
 Compiled = Callable[..., Any]
@@ -85,15 +86,19 @@ def compile_graph(
     record(report)
     if report.status == REFUSED:
         _refused(report, config)
+    if report.status == LEFT_ALONE and report.notes:
+        warnings.warn(f"cppass: {report.notes[0]}", CPWarning, stacklevel=2)
     name, inner = target_of(gm, config)
     _check_devices(gm, name)
     target = load(name)
     if report.status == REWRITTEN:
         target.lower(gm, ranks)
     run = target.compile(gm, example_inputs, inner)
-    if report.status == REWRITTEN and config.check_inputs:
-        return agree_on_inputs(run, ranks)
-    return run
+    if report.status != REWRITTEN:
+        return run
+    if config.inputs == "sharded":
+        return check_steps(run, (ranks.cp_size, ranks.rank, config.remainder or "balanced"))
+    return agree_on_inputs(run, ranks) if config.check_inputs else run
 
 
 def _check_devices(gm: fx.GraphModule, target: str) -> None:

@@ -110,6 +110,8 @@ class IndexPutRule:
 class RowsOfSort:
     """Ops that meet the rows of one sort: histc and cumsum count them, grouped_mm multiplies them group by group.
 
+    Counts may also be cast to another dtype.
+
     Args:
         otherwise: the rule for values that are not counts.
     """

@@ -108,17 +108,14 @@ class Routing:
 
     def forward(self, node: fx.Node, slot: int, state: State, rows: Size) -> Transfer | None:
         places = static(shape_of_operand(node, "expert_idx")[-1])
-        if (
-            state != Tokens(0)
-            or operand_names(node)[slot] != "x"
-            or places is None
-            or not _all_rows(node, rows, places)
-        ):
+        if not isinstance(state, Tokens) or not state.plain or (state.dim, state.inner) != (0, 1):
             return None
-        numbers = Tokens(0, points=Points(1, places))
+        if operand_names(node)[slot] != "x" or places is None or not _all_rows(node, rows * state.outer, places):
+            return None
+        numbers = Tokens(0, state.outer, points=Points(state.outer, places))
         states = {"x": state, "expert_idx": state, "scale": state, "row_idx": numbers}
         every = {} if name_of(node) == "npu::npu_moe_init_routing" else {"active_num": -1}
-        return Transfer(Tokens(0, 1, places, node.name), _named(node, states), kwargs=every)
+        return Transfer(Tokens(0, state.outer, places, node.name), _named(node, states), kwargs=every)
 
     def backward(self, node: fx.Node, state: Tokens, rows: Size) -> Transfer | None:
         return None
@@ -165,9 +162,10 @@ class SortedRows:
         if self.counts and self.counts not in names:
             return None  # group sizes as plain numbers: those of all ranks
         states: dict[str, State] = dict.fromkeys(self.rows, state)
-        states |= {name: Tokens(0) for name in self.natural}
+        natural = Tokens(0, state.outer)
+        states |= dict.fromkeys(self.natural, natural)
         states |= {self.counts: Counts(state.order)} if self.counts else {}
-        out: State = Tokens(0) if self.restores else Counts(state.order) if self.only_counts else state
+        out: State = natural if self.restores else Counts(state.order) if self.only_counts else state
         return Transfer(out, _named(node, states))
 
     def backward(self, node: fx.Node, state: Tokens, rows: Size) -> Transfer | None:
@@ -181,7 +179,7 @@ def element_state(source: fx.Node, state: State, element: object) -> State:
         return Counts(state.order)
     if name == "npu::npu_moe_gating_top_k_softmax" and element == 2 and isinstance(state, Tokens):
         places = static(shape_of(source)[-1])
-        return dataclasses.replace(state, points=Points(1, places or 1))  # numbers the local pairs
+        return dataclasses.replace(state, points=Points(state.outer, places or 1))  # numbers the local pairs
     return state
 
 

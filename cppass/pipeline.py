@@ -10,7 +10,7 @@ from torch import fx
 from cppass.config import CPConfig
 from cppass.errors import Refusal
 from cppass.explain_node import op_of, refuse
-from cppass.match import find_sites
+from cppass.match import find_sites, outside_notes
 from cppass.plan import make_plan
 from cppass.prepare import prepare
 from cppass.report import (
@@ -33,6 +33,7 @@ from cppass.sharded_verify import verify_sharded
 from cppass.site import AttentionSite
 from cppass.step import Step, step_of, too_short
 from cppass.tokens import Tokens
+from cppass.torch_private import ranks_of_group
 from cppass.verify import verify
 
 
@@ -61,7 +62,8 @@ def rewrite_graph(
     if cp_size == 1:
         return dataclasses.replace(base, reason="one rank: there is nothing to share")
     if not found.sites and not found.refusals:
-        return dataclasses.replace(base, reason="no attention in this graph")
+        notes = outside_notes(graph)
+        return dataclasses.replace(base, reason="no attention in this graph", notes=notes)
     if found.sites:
         reason = too_short(found.sites, cp_size, config.min_tokens)
         if reason:
@@ -125,19 +127,29 @@ def _unnamed(
     return (refuse("CP312", sites[0].node, why, "name the inputs as the model's forward does, in sharded_inputs"),)
 
 
+def _shares(collective: fx.Node, group_name: str) -> bool:
+    """Whether a collective has more than one rank in common with a group; by name where the groups do not exist."""
+    names = [x for x in (*collective.args, *collective.kwargs.values()) if isinstance(x, str)]
+    if not names or name_of(collective).startswith("_c10d_functional::wait_tensor"):
+        return False
+    ours, theirs = ranks_of_group(group_name), ranks_of_group(names[-1])
+    return names[-1] == group_name if ours is None or theirs is None else len(ours & theirs) > 1
+
+
 def _tokens_text(site: AttentionSite) -> int | str:
     size = shape_of(site.query)[site.query_dim]
     return size if isinstance(size, int) else str(size)
 
 
 def _collectives(graph: fx.Graph, group_name: str) -> tuple[Refusal, ...]:
-    """Collectives of the model over the very ranks that share the sequence: they would combine different rows."""
-    own = [n for n in graph.nodes if name_of(n).startswith("_c10d_functional::") and group_name in n.args]
+    """Collectives of the model over ranks that share the sequence: they would combine different rows."""
+    own = [n for n in graph.nodes if name_of(n).startswith("_c10d_functional::") and _shares(n, group_name)]
     return tuple(
         refuse(
             "CP112",
             node,
-            f"{op_of(node)} runs over the group {group_name!r} that is to share the sequence: they hold different rows",
+            f"{op_of(node)} runs over ranks of the group {group_name!r} that is to share the sequence: they hold "
+            "different rows",
             "pass the group of context parallelism, such as options={'group': mesh['cp']}",
         )
         for node in own

@@ -26,6 +26,7 @@ from torch import Tensor
 from cppass.errors import StepError
 from cppass.layout import Half, Remainder, Zigzag, blocks
 from cppass.sharded_ops import gathered_positions
+from cppass.step_tag import StepTag
 
 __all__ = ["Bucket", "HalfLengths", "StepPlan", "plan_step"]
 
@@ -89,6 +90,7 @@ class StepPlan:
         slot_mapping: [P * m] in gathered order, padding rows with the pad slot; [T] where the step is not sharded.
         block_table: int32 [sequences, blocks], page 0 where the bucket adds something.
         bucket: what the step was padded to.
+        number: of this plan in its process.
     """
 
     sharded: bool
@@ -104,6 +106,11 @@ class StepPlan:
     slot_mapping: Tensor
     block_table: Tensor
     bucket: Bucket | None
+    number: int = dataclasses.field(default_factory=itertools.count().__next__)
+
+    def __post_init__(self) -> None:
+        for x in (self.cu_q_tensor, self.slot_mapping, self.block_table) if self.sharded else ():
+            self._tagged(x)
 
     @property
     def tokens(self) -> int:
@@ -153,7 +160,7 @@ class StepPlan:
             return x
         own = torch.tensor([self.tokens if p is None else p for p in self.positions], device=x.device)
         padding = x.new_full((*x.shape[:dim], 1, *x.shape[dim % x.dim() + 1 :]), pad)
-        return self._static(torch.cat([x, padding], dim).index_select(dim, own))
+        return self._tagged(torch.cat([x, padding], dim).index_select(dim, own))
 
     def restore(self, gathered: Tensor, dim: int = 0) -> Tensor:
         """Whole rows [.., T, ..] of the rows of all ranks, one rank after the other [.., P * m, ..].
@@ -165,7 +172,7 @@ class StepPlan:
             self._check_rows(gathered, dim, self.tokens, "tokens")
             return gathered
         self._check_rows(gathered, dim, self.cp_size * self.rows, f"rows of {self.cp_size} ranks")
-        return gathered.index_select(dim, torch.tensor(self._places, device=gathered.device))
+        return gathered.index_select(dim, torch.tensor(self.restore_index, device=gathered.device))
 
     def restore_rows(self, gathered: Tensor, rows: Sequence[int], dim: int = 0) -> Tensor:
         """Some natural rows alone, such as the sampled ones; arguments as `restore` takes them."""
@@ -173,20 +180,22 @@ class StepPlan:
         wrong = [row for row in rows if not 0 <= row < self.tokens]
         if wrong:
             raise StepError("CP614", f"rows {wrong[:8]} of a step of {self.tokens} tokens", "rows count from 0")
-        places = [self._places[row] for row in rows] if self.sharded else list(rows)
+        places = [self.restore_index[row] for row in rows] if self.sharded else list(rows)
         return gathered.index_select(dim, torch.tensor(places, dtype=torch.int64, device=gathered.device))
 
     @cached_property
-    def _places(self) -> list[int]:
-        """Where the natural rows are among gathered rows."""
+    def restore_index(self) -> list[int]:
+        """Where the natural rows are among gathered rows: restored[row] = gathered[restore_index[row]]."""
+        if not self.sharded:
+            return list(range(self.tokens))
         found = {p: i for i, p in enumerate(gathered_positions(self.layout)) if p is not None}
         return [found[p] for p in range(self.tokens)]
 
-    def _static(self, x: Tensor) -> Tensor:
-        """Sizes of a bucket stay numbers under dynamic=True, while lengths are symbols."""
+    def _tagged(self, x: Tensor) -> Tensor:
+        """Sizes of a bucket stay numbers under dynamic=True, while lengths are symbols; the tensor knows its step."""
         if self.bucket is not None:
             torch._dynamo.mark_static(x)
-        return x
+        return StepTag(self.number, (self.cp_size, self.rank, self.layout.remainder)).put(x)
 
     def _check_rows(self, x: Tensor, dim: int, rows: int, what: str) -> None:
         if not -x.dim() <= dim < x.dim() or x.shape[dim] != rows:
@@ -252,14 +261,11 @@ def plan_step(
     layout = _in_bucket(layout, bucket)
     more = (bucket.sequences if bucket else len(lengths)) - len(lengths)
     ends = list(itertools.accumulate([*lengths, *[0] * more]))
-    plan = StepPlan(
+    return StepPlan(
         True, "", rank, cp_size, tuple(lengths), tuple(old), layout, ends, [*kv_lens, *[1] * more],
         torch.tensor(ends, dtype=torch.int64, device=device), _gathered_slots(slot_mapping, layout, pad_slot),
         _padded_table(block_table, more, bucket), bucket,
     )  # fmt: skip
-    for x in (plan.cu_q_tensor, plan.slot_mapping, plan.block_table) if bucket else ():
-        torch._dynamo.mark_static(x)
-    return plan
 
 
 def _not_sharded(lengths: list[int], cp_size: int, min_tokens: int) -> str:
@@ -361,24 +367,26 @@ def _check_slots(
         return
     if slot_mapping.dtype not in (torch.int32, torch.int64):
         raise StepError("CP611", f"slots of {slot_mapping.dtype}", "int32 or int64")
-    given = slot_mapping.tolist()
-    low, high = min(given), max(given)
+    low, high = int(slot_mapping.min()), int(slot_mapping.max())
     if low < 0 or (slots is not None and high >= slots):
         raise StepError("CP611", f"slots from {low} to {high}; the cache has {slots or 'some'}", "0 to slots - 1")
-    if len(set(given)) != len(given):
-        twice = next(s for s in given if given.count(s) > 1)
-        raise StepError("CP611", f"slot {twice} is given to two tokens", "give every new token a slot of its own")
-    if pad_slot >= 0 and pad_slot in given:
+    ordered = slot_mapping.sort().values
+    twice = ordered[1:][ordered[1:] == ordered[:-1]]
+    if len(twice):
+        raise StepError(
+            "CP611", f"slot {int(twice[0])} is given to two tokens", "give every new token a slot of its own"
+        )
+    if pad_slot >= 0 and bool((slot_mapping == pad_slot).any()):
         raise StepError("CP611", f"the pad slot {pad_slot} is given to a token", "keep a page for padding alone")
-    pages, token = table.tolist(), 0
-    for sequence, (new, old) in enumerate(zip(lengths, prefixes, strict=True)):
-        for position in range(old, old + new):
-            meant = pages[sequence][position // block_size] * block_size + position % block_size
-            if given[token] != meant:
-                raise StepError(
-                    "CP611",
-                    f"position {position} of sequence {sequence} is written to slot {given[token]}; its block table "
-                    f"looks for it in slot {meant}",
-                    "slots are block_table[sequence, position // block_size] * block_size + position % block_size",
-                )
-            token += 1
+    position = torch.cat([torch.arange(old, old + new) for new, old in zip(lengths, prefixes, strict=True)])
+    sequence = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    meant = table.long()[sequence, position // block_size] * block_size + position % block_size
+    wrong = (slot_mapping.long() != meant).nonzero().flatten()
+    if len(wrong):
+        at = int(wrong[0])
+        raise StepError(
+            "CP611",
+            f"position {int(position[at])} of sequence {int(sequence[at])} is written to slot {int(slot_mapping[at])}; "
+            f"its block table looks for it in slot {int(meant[at])}",
+            "slots are block_table[sequence, position // block_size] * block_size + position % block_size",
+        )

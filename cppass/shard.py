@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 
+import torch
 from torch import fx
 
 from cppass.match import matcher_of
@@ -19,6 +20,7 @@ from cppass.rules import Transfer, is_tensor, shape_of, tensor_operands
 from cppass.site import AttentionSite, Rewrite
 from cppass.tokens import Counts, Size, State, Tokens, size_of
 
+WAIT = torch.ops._c10d_functional.wait_tensor.default
 STATES_PER_NODE = 4  # ways kept per node; one is usual, two for score matrices
 
 
@@ -75,11 +77,10 @@ def unify_sizes(graph: fx.Graph, sites: tuple[AttentionSite, ...]) -> None:
     """Symbolic sizes that carry tokens and are equal in this call become one symbol, guarded.
 
     A graph may hold the token count under several names: ids [s1], positions [s2] and slots [s3] come from different
-    inputs, and ops such as rope do not compare them. A later call in which they differ gets a graph of its own.
+    inputs, and ops such as rope do not compare them. One of them may be a number already, where an op takes the count
+    as one (active_num of a routing). A later call in which they differ gets a graph of its own.
     """
     tokens = sites[0].query.meta["val"].shape[sites[0].query_dim]
-    if isinstance(tokens, int):
-        return
     site_of = {site.node: site for site in sites if site.rewrite is not Rewrite.ROWWISE}
     seeds = _seeds(graph, sites, site_of, size_of(tokens))
     sizes = [node.meta["val"].shape[state.dim] for node, states in seeds.items() for state in states if state.bare]
@@ -160,14 +161,14 @@ def _backward(node: fx.Node, state: Tokens, tokens: Size) -> Transfer | None:
     rule = rule_of(node) if node.op == "call_function" else None
     if rule is None:
         return None
-    source = node.args[0] if node.target is operator.getitem else None
+    source = node.args[0] if node.target in (operator.getitem, WAIT) else None
     if isinstance(source, fx.Node) and _is_opaque(source, state, tokens):
         return None
     return rule.backward(node, state, tokens)
 
 
 def _is_opaque(source: fx.Node, state: Tokens, tokens: Size) -> bool:
-    """A tuple whose op cannot carry this state."""
+    """A tuple, or a collective under way, whose op cannot carry this state: nothing may read it before its wait."""
     rule = rule_of(source)
     return matcher_of(source) is None and (rule is None or rule.backward(source, state, tokens) is None)
 

@@ -228,7 +228,10 @@ class _Planner:
             if fused.block_table is None and not _same_lengths(site.ends, fused.kv_lengths):
                 self._refuse_form(site.node, "attention over packed keys that are more than this step's")
                 return
-        if self.sites and not self._fits():
+        if self.sites and self.remainder == "balanced" and bool(self._local_rows() % 2 != 0):
+            why = f"{self.rows} local rows cannot be two halves of as many rows (remainder='balanced')"
+            self._refuse("CP114", self.sites[0].node, why, "shard by a plan with the remainder policy of the model")
+        elif self.sites and not self._fits():
             ends = _values(self.sites[0].ends)
             self._refuse(
                 "CP114",
@@ -243,7 +246,7 @@ class _Planner:
         rows = self._local_rows()
         ends = _values(self.sites[0].ends)
         if self.remainder == "balanced":
-            return bool(ends[-1] <= self.cp_size * rows) and bool(rows % 2 == 0)
+            return bool(ends[-1] <= self.cp_size * rows)
         layout: Zigzag = layout_of(ends, self.cp_size, "first", rows)
         return bool(layout.real_rows(0) <= rows)
 

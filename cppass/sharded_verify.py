@@ -12,7 +12,7 @@ from cppass.ops import named_arguments
 from cppass.rules import is_tensor, name_of, shape_of, tensor_operands
 from cppass.sharded_plan import ROWS, ShardedPlan
 from cppass.tokens import Size, State, Tokens, size_of
-from cppass.verify import GATHERED, SLOT_WRITES, Typing, illegal
+from cppass.verify import GATHERED, SLOT_WRITES, Typing, check_waits, illegal
 
 canonical = torch.ops.cppass
 ALL_RANKS = Tokens(0, order=GATHERED)
@@ -25,6 +25,7 @@ def verify_sharded(graph: fx.Graph, plan: ShardedPlan) -> None:
         raise VerifyError(
             "CP402", f"{len(plan.sites)} attention sites were found and {rewritten} rewritten", "please report this"
         )
+    check_waits(graph)
     names = {node.name: state for node, state in plan.entering.items()}
     entering = {n: names[n.name] for n in graph.nodes if n.op == "placeholder" and n.name in names}
     states = _ShardedTyping(plan, entering).run(graph)

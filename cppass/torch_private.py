@@ -67,6 +67,14 @@ def resolve_group(name: str) -> Any:
     return torch.distributed.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined,arg-type]
 
 
+def ranks_of_group(name: str) -> frozenset[int] | None:
+    """Global ranks of the process group of this name, None where there is none."""
+    try:
+        return frozenset(torch.distributed.get_process_group_ranks(resolve_group(name)))
+    except (RuntimeError, ValueError, AttributeError):
+        return None
+
+
 def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
     """Whether two sizes are equal whatever the symbols are; installs no guard."""
     return bool(statically_known_true(a == b))

@@ -32,6 +32,8 @@ FUSED = (canonical.fused_attention.default, canonical.fused_attention_sharded.de
 GATHERED = "gathered rows"
 """Order of Full rows as an all-gather leaves them, rank after rank."""
 
+WAIT = "_c10d_functional::wait_tensor"
+
 SLOT_WRITES = {"npu::npu_scatter_nd_update": {1, 2}, SCATTER_PA: {0, 1, 4}, "aten::index_put": {1, 2}}
 """Writes of rows to slots -> which tensor operands are rows or slots."""
 
@@ -39,6 +41,7 @@ SLOT_WRITES = {"npu::npu_scatter_nd_update": {1, 2}, SCATTER_PA: {0, 1, 4}, "ate
 def verify(graph: fx.Graph, plan: CPPlan) -> None:
     """Raises VerifyError where the rewritten graph is not legal, or a site was found and not rewritten."""
     _coverage(graph, plan)
+    check_waits(graph)
     states = _ReplicatedTyping(plan.step.layout).run(graph)
     for node in graph.nodes:
         if node.op == "output" or (node.op == "call_function" and not is_tensor(node) and node.target not in CANONICAL):
@@ -53,6 +56,17 @@ def _coverage(graph: fx.Graph, plan: CPPlan) -> None:
         raise VerifyError(
             "CP402", f"{found} attention sites were found and {rewritten} rewritten", "please report this"
         )
+
+
+def check_waits(graph: fx.Graph) -> None:
+    """A collective that was started is read by its wait alone: before it, its rows may not be there yet."""
+    for node in graph.nodes:
+        if not name_of(node).startswith("_c10d_functional::") or name_of(node) == WAIT:
+            continue
+        started = [user for user in node.users if user.target is operator.getitem] or [node]
+        readers = [user for value in started for user in value.users if name_of(user) != WAIT]
+        if readers:
+            raise illegal(readers[0], f"reads {node.name} before it has arrived")
 
 
 def _all_full(node: fx.Node, states: dict[fx.Node, State]) -> None:

@@ -106,6 +106,22 @@ def _inside(node: fx.Node) -> Refusal | None:
     return None
 
 
+BESIDE_ATTENTION = {"npu::npu_scatter_nd_update", "npu::npu_scatter_pa_kv_cache_functional", "npu::scatter_update"}
+BESIDE_ATTENTION |= {"npu::npu_apply_rotary_pos_emb"}
+"""What a graph with attention in it has beside it, in models of torch_npu's ops."""
+
+
+def outside_notes(graph: fx.Graph) -> tuple[str, ...]:
+    """What hints, in a graph without attention, that the attention of the model runs outside of every graph."""
+    beside = next((node for node in graph.nodes if name_of(node) in BESIDE_ATTENTION), None)
+    if beside is None:
+        return ()
+    return (
+        f"{op_of(beside)} is in this graph and no attention is: it broke out of the graph and runs unsharded on every "
+        "rank (fullgraph=True shows where; lengths in a device tensor, where a list of ints is taken, do this)",
+    )
+
+
 def _looks_like_attention(node: fx.Node) -> Refusal | None:
     if not is_tensor(node):
         return None

@@ -15,6 +15,7 @@ import torch
 from core import toy_transformer as toy
 from core.snippets import SNIPPETS, Snippet, rand, traced
 from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import scaled_dot_product_attention
 
 from cppass.capture import capture
@@ -27,7 +28,7 @@ from cppass.rewrite import rewrite
 from cppass.shard import propagate
 from cppass.step import Step, step_of
 from cppass.torch_private import fake_mode_of
-from cppass.verify import verify
+from cppass.verify import check_waits, verify
 
 aten, canonical = torch.ops.aten, torch.ops.cppass
 decoder = functools.cache(toy.traced)  # nothing below changes it: prepare copies
@@ -387,3 +388,19 @@ def test_nor_does_a_graph_of_them() -> None:
     assert any(n.target in CANONICAL for n in graph.nodes)
     with pytest.raises(VerifyError, match="CP401"):
         fx.GraphModule({}, graph)(*SNIPPETS["causal"].inputs(8))
+
+
+def test_a_collective_is_not_read_before_its_wait() -> None:
+    """Negative control of tests/composition/test_sequence_parallel.py: rows cut from what may not have arrived."""
+    c10d = torch.ops._c10d_functional
+
+    def run(x: Tensor) -> Tensor:
+        return c10d.wait_tensor(c10d.all_gather_into_tensor(x, 2, "tp")) + 1
+
+    graph = make_fx(run, tracing_mode="fake")(torch.ones(4, 2)).graph
+    check_waits(graph)
+    started = next(n for n in graph.nodes if n.target is c10d.all_gather_into_tensor.default)
+    waited = next(iter(started.users))
+    waited.replace_all_uses_with(started)
+    with pytest.raises(VerifyError, match=r"\[CP403\].*reads all_gather_into_tensor\S* before it has arrived"):
+        check_waits(graph)

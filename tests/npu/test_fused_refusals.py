@@ -234,3 +234,16 @@ def test_padded_sequences_of_symbolic_sizes_are_refused() -> None:
         gm = make_fx(snippet.run, tracing_mode="symbolic")(*snippet.inputs)
     with pytest.raises(cppass.RefusedError, match=r"(?s)\[CP103\].*query lengths and symbolic sizes.*way out"):
         cppass.run_pass(gm, snippet.inputs, cp_size=2)
+
+
+def test_a_graph_whose_attention_is_elsewhere_says_so() -> None:
+    """Lengths in a device tensor break attention out of the graph; what is left writes the cache."""
+
+    def left(rows: Tensor, cache: Tensor, slots: Tensor) -> Tensor:
+        return npu.npu_scatter_nd_update(cache, slots, rows)
+
+    inputs = (torch.ones(16, 4), torch.zeros(32, 4), torch.arange(16)[:, None])
+    gm = make_fx(left, tracing_mode="fake")(*inputs)
+    report = cppass.run_pass(gm, inputs, cp_size=2)
+    assert report.status == "left alone"
+    assert "no attention is: it broke out of the graph and runs unsharded" in report.notes[0]

@@ -21,7 +21,7 @@ TWO = {
     "moe, torchair": Case("moe", "torchair", (EVEN, DECODE)),
     "dense, npugraph_ex, dynamic": Case("dense", "npugraph_ex", LENGTHS, dynamic=True),
     "dense, torchair, dynamic": Case("dense", "torchair", LENGTHS, dynamic=True),
-    "moe, eager, dynamic": Case("moe", "eager", (EVEN, ([32, 32], None)), dynamic=True),
+    "moe, eager, dynamic": Case("moe", "eager", (EVEN, ([32, 29], None)), dynamic=True),  # counts differ
     "dense, eager, bfloat16": Case("dense", "eager", (EVEN,), dtype=torch.bfloat16),
     "hook of torchair": Case("moe", "", (UNEVEN,), hook="torchair"),
     "hook of torchair, dynamic": Case("dense", "", (EVEN, ([64, 32], None)), hook="torchair", dynamic=True),

@@ -11,7 +11,17 @@ ROOT = Path(__file__).parents[2]
 LAYERS = [  # a module imports from its own row and the rows above it
     {"environment", "errors"},
     {"config", "torch_private"},
-    {"layout", "tokens", "explain_node", "arithmetic", "halves", "fused_meaning", "fused_op", "sharded_ops"},
+    {
+        "layout",
+        "step_tag",
+        "tokens",
+        "explain_node",
+        "arithmetic",
+        "halves",
+        "fused_meaning",
+        "fused_op",
+        "sharded_ops",
+    },
     {"ops", "rules", "target"},
     {"emitter"},
     {"site", "npu_rules"},
