@@ -26,6 +26,7 @@ from torch import Tensor
 from cppass.errors import StepError
 from cppass.layout import Half, Remainder, Zigzag, blocks
 from cppass.sharded_ops import gathered_positions
+from cppass.step_checks import check_lengths, check_pages, check_ranks, check_slots, check_table, ints
 from cppass.step_tag import StepTag
 
 __all__ = ["Bucket", "HalfLengths", "StepPlan", "plan_step"]
@@ -244,14 +245,15 @@ def plan_step(
     Raises:
         StepError: CP610 lengths, CP611 slots, CP612 block table, CP613 a step above its bucket, CP615 ranks.
     """
-    old = [0] * len(lengths) if prefixes is None else list(prefixes)
-    _check_ranks(cp_size, rank, remainder)
-    _check_lengths(list(lengths), old, slot_mapping)
+    lengths = ints(lengths)
+    old = [0] * len(lengths) if prefixes is None else ints(prefixes)
+    check_ranks(cp_size, rank, remainder)
+    check_lengths(lengths, old, slot_mapping)
     kv_lens = [a + b for a, b in zip(lengths, old, strict=True)]
-    _check_table(block_table, kv_lens, block_size)
-    _check_slots(slot_mapping, block_table, list(lengths), old, block_size, slots, pad_slot)
+    check_table(block_table, kv_lens, block_size)
+    check_slots(slot_mapping, block_table, lengths, old, block_size, slots, pad_slot)
     layout = Zigzag(tuple(lengths), cp_size, remainder=remainder)
-    reason = _not_sharded(list(lengths), cp_size, min_tokens)
+    reason = _not_sharded(lengths, cp_size, min_tokens)
     device = slot_mapping.device
     if reason:
         ends = list(itertools.accumulate(lengths))
@@ -259,6 +261,8 @@ def plan_step(
         given = (ends, kv_lens, ends_tensor, slot_mapping, block_table, None)
         return StepPlan(False, reason, rank, cp_size, tuple(lengths), tuple(old), layout, *given)
     layout = _in_bucket(layout, bucket)
+    if bucket is not None:
+        check_pages(layout, kv_lens, bucket.sequences, block_size, slots)
     more = (bucket.sequences if bucket else len(lengths)) - len(lengths)
     ends = list(itertools.accumulate([*lengths, *[0] * more]))
     return StepPlan(
@@ -307,86 +311,3 @@ def _padded_table(table: Tensor, more: int, bucket: Bucket | None) -> Tensor:
             "CP613", f"a block table of {table.shape[1]} columns in a bucket of {table.shape[1] + columns}", "widen it"
         )
     return torch.nn.functional.pad(table, (0, columns, 0, more)) if columns or more else table.clone()
-
-
-# -- checks ------------------------------------------------------------------------------------------------------------
-
-
-def _check_ranks(cp_size: int, rank: int, remainder: str) -> None:
-    if not isinstance(cp_size, int) or cp_size < 1 or not isinstance(rank, int) or not 0 <= rank < cp_size:
-        raise StepError("CP615", f"rank {rank!r} of {cp_size!r}", "cp_size is 1 or more, rank counts from 0 below it")
-    if remainder not in ("first", "balanced"):
-        raise StepError("CP615", f"remainder={remainder!r} is not allowed", "it is 'first' or 'balanced'")
-
-
-def _check_lengths(lengths: list[int], prefixes: list[int], slot_mapping: Tensor) -> None:
-    counts = [*lengths, *prefixes]
-    if not lengths or len(prefixes) != len(lengths) or any(not isinstance(n, int) or n < 0 for n in counts):
-        raise StepError(
-            "CP610", f"lengths {lengths}, prefixes {prefixes}", "give an int of 0 or more of each per sequence"
-        )
-    if min(lengths) < 1:
-        raise StepError("CP610", f"lengths {lengths}: a sequence has no new token", "leave it out of the step")
-    if slot_mapping.dim() != 1 or slot_mapping.shape[0] != sum(lengths):
-        raise StepError(
-            "CP610",
-            f"lengths {lengths} add up to {sum(lengths)}; the slot mapping is {list(slot_mapping.shape)}",
-            "give the slot of every new token, in natural order",
-        )
-
-
-def _check_table(table: Tensor, kv_lens: list[int], block_size: int) -> None:
-    if not isinstance(block_size, int) or block_size < 1:
-        raise StepError("CP612", f"block_size={block_size!r}", "it is an int of 1 or more")
-    if table.dim() != 2 or table.shape[0] != len(kv_lens):
-        raise StepError(
-            "CP612", f"a block table {list(table.shape)} for {len(kv_lens)} sequences", "[sequences, blocks]"
-        )
-    held = table.shape[1] * block_size
-    short = [(s, n) for s, n in enumerate(kv_lens) if n > held]
-    if short:
-        raise StepError(
-            "CP612",
-            f"sequence {short[0][0]} has {short[0][1]} tokens with its prefix; {table.shape[1]} blocks of {block_size} "
-            f"hold {held}",
-            "give the block table as many columns as the longest sequence needs",
-        )
-
-
-def _check_slots(
-    slot_mapping: Tensor,
-    table: Tensor,
-    lengths: list[int],
-    prefixes: list[int],
-    block_size: int,
-    slots: int | None,
-    pad_slot: int,
-) -> None:
-    """Every token goes to a slot of its own, the one at which its block table looks for it."""
-    if slot_mapping.device.type != "cpu" or table.device.type != "cpu":
-        return
-    if slot_mapping.dtype not in (torch.int32, torch.int64):
-        raise StepError("CP611", f"slots of {slot_mapping.dtype}", "int32 or int64")
-    low, high = int(slot_mapping.min()), int(slot_mapping.max())
-    if low < 0 or (slots is not None and high >= slots):
-        raise StepError("CP611", f"slots from {low} to {high}; the cache has {slots or 'some'}", "0 to slots - 1")
-    ordered = slot_mapping.sort().values
-    twice = ordered[1:][ordered[1:] == ordered[:-1]]
-    if len(twice):
-        raise StepError(
-            "CP611", f"slot {int(twice[0])} is given to two tokens", "give every new token a slot of its own"
-        )
-    if pad_slot >= 0 and bool((slot_mapping == pad_slot).any()):
-        raise StepError("CP611", f"the pad slot {pad_slot} is given to a token", "keep a page for padding alone")
-    position = torch.cat([torch.arange(old, old + new) for new, old in zip(lengths, prefixes, strict=True)])
-    sequence = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    meant = table.long()[sequence, position // block_size] * block_size + position % block_size
-    wrong = (slot_mapping.long() != meant).nonzero().flatten()
-    if len(wrong):
-        at = int(wrong[0])
-        raise StepError(
-            "CP611",
-            f"position {int(position[at])} of sequence {int(sequence[at])} is written to slot {int(slot_mapping[at])}; "
-            f"its block table looks for it in slot {int(meant[at])}",
-            "slots are block_table[sequence, position // block_size] * block_size + position % block_size",
-        )

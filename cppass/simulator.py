@@ -27,6 +27,7 @@ c10d = torch.ops._c10d_functional
 def simulate(
     gm: fx.GraphModule | Callable[..., Any],
     inputs: Sequence[Any],
+    /,
     cp_size: int,
     config: CPConfig | None = None,
     *,

@@ -147,14 +147,16 @@ def _dense(emit: Emitter, x: fx.Node) -> fx.Node:
 def joined(emit: Emitter, halves: list[fx.Node], dim: int, layout: Zigzag, rank: int) -> fx.Node:
     """The halves one after the other, then zeros in the padding rows.
 
-    There is at most one row of padding a sequence: so many are added and what is too much is cut off, since a size that
-    may be 0 would get graphs of its own.
+    Where it is not known how many those are, as many as there may be are added and what is too much is cut off, since a
+    size that may be 0 would get graphs of its own: all local rows of a bucket, else one row a sequence.
     """
     first = halves[0].meta["val"]
-    known = isinstance(layout.local_rows, int)
-    padding = layout.local_rows - layout.real_rows(rank) if known else len(layout.lengths)
-    if padding and not layout.even:
+    padding = layout.local_rows - layout.real_rows(rank) if isinstance(layout.local_rows, int) else None
+    known = layout.even or isinstance(padding, int)
+    if not known:
+        padding = len(layout.lengths) if layout.rows is None else node_of(layout.local_rows)
+    if not layout.even and not is_known(padding, 0):
         sizes = [emit.size(halves[0], d) if d != dim else padding for d in range(first.dim())]
         halves = [*halves, emit(aten.full.default, sizes, 0, dtype=first.dtype, device=first.device)]
-    joined = halves[0] if len(halves) == 1 else emit(aten.cat.default, halves, dim)
-    return joined if known or layout.even else emit(aten.slice.Tensor, joined, dim, 0, node_of(layout.local_rows))
+    whole = halves[0] if len(halves) == 1 else emit(aten.cat.default, halves, dim)
+    return whole if known else emit(aten.slice.Tensor, whole, dim, 0, node_of(layout.local_rows))
