@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import random
 from fractions import Fraction
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from hypothesis import strategies as st
 from runner.batches import Batch, Sharded, batch_of, batches, for_all, ranks_of, sharded
 
-from cppass.layout import Zigzag
+from cppass.layout import Remainder, Zigzag
 from cppass.runner import Bucket, StepPlan
 
 POLICIES = ["balanced", "first"]
@@ -343,3 +344,16 @@ def test_a_bucket_keeps_owners_of_first() -> None:
     tight = batch.plan(2, remainder="first")
     wide = batch.plan(2, remainder="first", bucket=Bucket(64, 4))
     assert wide.positions[: tight.rows] == tight.positions
+
+
+@pytest.mark.parametrize(("remainder", "most"), [("balanced", 1.012), ("first", 1.019)])
+def test_uneven_batches_of_a_thousand_tokens_are_nearly_balanced(remainder: Remainder, most: float) -> None:
+    """Attention work of the busiest of four ranks against the mean, over 200 batches (docs/decisions/0005)."""
+    rng, worst = random.Random(0), 0.0
+    for _ in range(200):
+        lengths: list[int] = []
+        while sum(lengths) < 1000:
+            lengths.append(rng.choice((rng.randrange(1, 9), rng.randrange(1, 200), rng.randrange(100, 700))))
+        layout = Zigzag(tuple(lengths), 4, remainder=remainder)
+        worst = max(worst, float(imbalance(layout, (0,) * len(lengths))))
+    assert 1.0 < worst <= most
