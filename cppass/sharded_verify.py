@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from cppass.errors import VerifyError
+from cppass.match.kv import fresh_behind_views
 from cppass.ops import named_arguments
 from cppass.rules import is_tensor, name_of, shape_of, tensor_operands
 from cppass.sharded_plan import ROWS, ShardedPlan
@@ -91,4 +92,8 @@ class _ShardedTyping(Typing):
             if isinstance(value, fx.Node) and is_tensor(value) and self.states.get(value) != state:
                 seen = self.states.get(value) or "Full"
                 raise illegal(node, f"has a {name} that is {seen}, not {state or 'Full'}")
+        for name in ("k", "v") if dense is None else ():
+            written = fresh_behind_views(given[name], 0)
+            if not written.writes or self.states.get(written.source) != ALL_RANKS:
+                raise illegal(node, f"reads a cache as {name} that this step's rows are not written to before")
         return ROWS

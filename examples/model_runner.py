@@ -24,10 +24,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cppass.demo.npu.dense import Qwen3
-from cppass.demo.npu.forward_metadata import ForwardMetadata, causal_mask
+from cppass.demo.npu.forward_metadata import causal_mask, metadata_of
 from cppass.demo.npu.forward_metadata import plan_step as plan_alone
 from cppass.demo.presets import PRESETS
-from cppass.runner import Bucket, StepPlan, plan_step
+from cppass.runner import Bucket, plan_step
 
 PAGE = 128  # tokens of a block
 PADDING = 0  # the block that belongs to no request: padding rows are written there
@@ -173,21 +173,6 @@ class Runner:
                 plan.shard(torch.tensor(ids)), plan.shard(torch.tensor(positions)), metadata_of(plan, self.mask)
             )
         return logits
-
-
-def metadata_of(plan: StepPlan, mask: Tensor) -> ForwardMetadata:
-    """What the model's forward is told of a step: the plan's fields under the model's names."""
-    return ForwardMetadata(
-        slot_mapping=plan.slot_mapping,
-        block_table=plan.block_table,
-        cu_q=plan.cu_q,
-        kv_lens=plan.kv_lens,
-        cu_kv=plan.cu_kv,
-        cu_q_tensor=plan.cu_q_tensor,
-        mask=mask,
-        is_prefill=True,
-        on_prefix=True,
-    )
 
 
 def new_model(blocks: int) -> Qwen3:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import cppass
 from cppass.demo.npu.attention import fused_attention
 from cppass.demo.npu.dense import Qwen3
-from cppass.demo.npu.forward_metadata import ForwardMetadata, causal_mask
+from cppass.demo.npu.forward_metadata import causal_mask, metadata_of
 from cppass.demo.npu.moe import Qwen3Moe
 from cppass.demo.presets import PRESETS
 from cppass.runner import Bucket, StepPlan
@@ -154,11 +154,11 @@ class Qwen:
         ids, positions = _inputs(batch)
         plan = batch.plan(1)
         assert not plan.sharded
-        return model(ids, positions, _metadata(batch, plan))  # type: ignore[no-any-return]
+        return model(ids, positions, metadata_of(plan, causal_mask()))  # type: ignore[no-any-return]
 
     def sharded(self, compiled: Any, batch: Batch, plan: StepPlan) -> Tensor:
         ids, positions = (plan.shard(x) for x in _inputs(batch))
-        return compiled(ids, positions, _metadata(batch, plan))[: len(batch.lengths)]  # type: ignore[no-any-return]
+        return compiled(ids, positions, metadata_of(plan, causal_mask()))[: len(batch.lengths)]  # type: ignore[no-any-return]
 
 
 class Paged(nn.Module):
@@ -228,17 +228,3 @@ def _inputs(batch: Batch) -> tuple[Tensor, Tensor]:
     """Token ids and positions of a whole step."""
     ids = torch.randint(0, 512, (batch.tokens,), generator=torch.Generator().manual_seed(batch.tokens))
     return ids, torch.tensor([batch.prefixes[s] + offset for s, offset in batch.rows])
-
-
-def _metadata(batch: Batch, plan: StepPlan) -> ForwardMetadata:
-    return ForwardMetadata(
-        slot_mapping=plan.slot_mapping,
-        block_table=plan.block_table,
-        cu_q=plan.cu_q,
-        kv_lens=plan.kv_lens,
-        cu_kv=plan.cu_kv,
-        cu_q_tensor=plan.cu_q_tensor,
-        mask=causal_mask(),
-        is_prefill=max(batch.lengths) > 1,
-        on_prefix=max(batch.prefixes) > 0,
-    )

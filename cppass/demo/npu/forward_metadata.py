@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from cppass.errors import OptionError
+from cppass.runner import StepPlan
 
-__all__ = ["ForwardMetadata", "Step", "plan_step"]
+__all__ = ["ForwardMetadata", "Step", "metadata_of", "plan_step"]
 
 MASK_SIZE = 2048  # what the sparse modes 2, 3 and 4 of npu_fused_infer_attention_score ask for
 
@@ -64,6 +65,21 @@ class Step:
 
 def causal_mask() -> Tensor:
     return torch.ones(MASK_SIZE, MASK_SIZE, dtype=torch.bool).triu(1)
+
+
+def metadata_of(plan: StepPlan, mask: Tensor) -> ForwardMetadata:
+    """What the model's forward is told of a step that cppass.runner has planned: the plan's fields under its names."""
+    return ForwardMetadata(
+        slot_mapping=plan.slot_mapping,
+        block_table=plan.block_table,
+        cu_q=plan.cu_q,
+        kv_lens=plan.kv_lens,
+        cu_kv=plan.cu_kv,
+        cu_q_tensor=plan.cu_q_tensor,
+        mask=mask,
+        is_prefill=max(plan.lengths) > 1,
+        on_prefix=max(plan.prefixes) > 0,
+    )
 
 
 def plan_step(
