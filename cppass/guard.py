@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from cppass.checked import checked_first
 from cppass.errors import CPError
 from cppass.target import Ranks
 from cppass.torch_private import resolve_group
@@ -24,13 +25,7 @@ def agree_on_inputs(run: Callable[..., Any], ranks: Ranks) -> Callable[..., Any]
         CPError: CP601, on every rank, naming the ranks that differ.
     """
 
-    def checked(*args: Any) -> Any:
-        inputs: Sequence[Any] = args[0] if len(args) == 1 and isinstance(args[0], list) else args
-        _compare(_hash(inputs), ranks)
-        return run(*args)
-
-    checked._boxed_call = getattr(run, "_boxed_call", False)  # type: ignore[attr-defined]
-    return checked
+    return checked_first(run, lambda inputs: _compare(_hash(inputs), ranks))
 
 
 def _hash(inputs: Sequence[Any]) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from cppass.checked import checked_first
 from cppass.errors import StepError
 
 ATTRIBUTE = "_cppass_step"
@@ -42,12 +43,7 @@ def check_steps(run: Callable[..., Any], layout: tuple[int, int, str]) -> Callab
         StepError: CP616, they were planned for other ranks or another remainder policy, or in two different steps.
     """
 
-    def checked(*args: Any) -> Any:
-        _check(args[0] if len(args) == 1 and isinstance(args[0], list) else args, layout)
-        return run(*args)
-
-    checked._boxed_call = getattr(run, "_boxed_call", False)  # type: ignore[attr-defined]
-    return checked
+    return checked_first(run, lambda inputs: _check(inputs, layout))
 
 
 def _check(inputs: Iterable[Any], layout: tuple[int, int, str]) -> None:

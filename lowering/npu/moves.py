@@ -69,13 +69,16 @@ def gather_rows_at(emit: Emitter, rows: Rows, node: fx.Node, ranks: Ranks) -> fx
 
 
 def _rows_at(emit: Emitter, rows: Rows, x: fx.Node, dim: int, index: fx.Node, layout: Zigzag, ranks: Ranks) -> fx.Node:
-    """Every rank sends the local rows at which the owners hold them; then each row is taken from its owner."""
     owner, row = rows.homes_of(layout, index)
-    own = emit(aten.index_select.default, _moved(emit, x, dim, 0), 0, row)
-    gathered = emit.all_gather(own, ranks)
-    count = emit.size(index, 0)
+    return _moved(emit, fetched(emit, rows, _moved(emit, x, dim, 0), owner, row, ranks), 0, dim)
+
+
+def fetched(emit: Emitter, rows: Rows, x: fx.Node, owner: fx.Node, row: fx.Node, ranks: Ranks) -> fx.Node:
+    """Every rank sends the local rows [n] at which the owners hold them; then each row is taken from its owner."""
+    gathered = emit.all_gather(emit(aten.index_select.default, x, 0, row), ranks)
+    count = emit.size(row, 0)
     place = emit(aten.add.Tensor, emit(aten.mul.Tensor, owner, count), rows.spans([(0, emit.numbers(count))]))
-    return _moved(emit, emit(aten.index_select.default, gathered, 0, place), 0, dim)
+    return emit(aten.index_select.default, gathered, 0, place)
 
 
 def gathered_order(emit: Emitter, rows: Rows, node: fx.Node, ranks: Ranks) -> fx.Node:

@@ -22,6 +22,7 @@ from cppass.ops import named_arguments
 from cppass.sharded_ops import layout_of
 from cppass.target import Ranks
 from lowering.npu.attention import call_half, is_known, joined
+from lowering.npu.moves import fetched
 from lowering.npu.rows import Rows
 from lowering.npu.tables import half_keys, row_homes
 
@@ -50,15 +51,12 @@ def gather_sharded(emit: Emitter, rows: Rows, node: fx.Node, ranks: Ranks) -> li
 
 
 def look_up_sharded(emit: Emitter, rows: Rows, node: fx.Node, ranks: Ranks) -> fx.Node:
-    """Every rank sends the local rows at which the owners hold them; then each row is taken from its owner."""
+    """The rows that `index` names, from the ranks that own them."""
     given = named_arguments(node)
     x, index = given["x"], given["index"]
     layout = _layout(emit, given, emit.size(x, 0))
     owner, row = row_homes(emit, rows, layout, index)
-    gathered = emit.all_gather(emit(aten.index_select.default, x, 0, row), ranks)
-    count = emit.size(index, 0)
-    place = emit(aten.add.Tensor, emit(aten.mul.Tensor, owner, count), rows.spans([(0, emit.numbers(count))]))
-    return emit(aten.index_select.default, gathered, 0, place)
+    return fetched(emit, rows, x, owner, row, ranks)
 
 
 def fused_attention_sharded(emit: Emitter, rows: Rows, node: fx.Node, ranks: Ranks) -> list[fx.Node]:

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LAYERS = [  # a module imports from its own row and the rows above it
-    {"environment", "errors"},
+    {"environment", "errors", "checked"},
     {"config", "torch_private"},
     {
         "layout",
