@@ -53,7 +53,7 @@ def run_pass(
     if report.status == REFUSED and config.on_refusal == "raise":
         raise refused_error(report.refusals)
     if report.status == REWRITTEN and lower:
-        load(target_of(captured, config)[0]).lower(captured, ranks)
+        load(target_of(captured, config)[0]).lower(captured, ranks, config)
     if report.status == REWRITTEN and captured is not gm:
         install(captured, gm)
     return report

@@ -92,7 +92,7 @@ def compile_graph(
     _check_devices(gm, name)
     target = load(name)
     if report.status == REWRITTEN:
-        target.lower(gm, ranks)
+        target.lower(gm, ranks, config)
     run = target.compile(gm, example_inputs, inner)
     if report.status != REWRITTEN:
         return run

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import fx
 
-from cppass.torch_private import fake_mode_of
+from cppass.shapes import Shapes
 
 KEPT_META = ("nn_module_stack", "stack_trace", "source_fn_stack", "original_aten", "from_node", "seq_nr")
 
@@ -23,7 +22,7 @@ class Builder:
     def __init__(self, graph: fx.Graph) -> None:
         self.old, self.new = graph, fx.Graph(graph.owning_module)
         self.origin: fx.Node | None = None
-        self.fake_mode = fake_mode_of(graph)
+        self.shapes = Shapes(graph)
 
     def emit(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> fx.Node:
         """A call in the new graph, its value worked out by the op's shape function."""
@@ -31,13 +30,5 @@ class Builder:
         node = self.new.call_function(target, args, kwargs)
         if self.origin is not None:
             node.meta.update({k: self.origin.meta[k] for k in KEPT_META if k in self.origin.meta})
-        with self._shapes():
-            node.meta["val"] = target(*fx.map_arg(args, _value), **fx.map_arg(kwargs, _value))
+        node.meta["val"] = self.shapes(target, args, kwargs)
         return node
-
-    def _shapes(self) -> AbstractContextManager[Any]:
-        return self.fake_mode if self.fake_mode is not None else nullcontext()
-
-
-def _value(node: fx.Node) -> Any:
-    return node.meta["val"]

@@ -9,11 +9,12 @@ from typing import Any
 
 from cppass.errors import OptionError, Unsupported
 
-CHOICES: dict[str, tuple[str | None, ...]] = {
+CHOICES: dict[str, tuple[str | int | None, ...]] = {
     "inputs": ("replicated", "sharded"),
     "target": ("auto", "host", "npu"),
     "on_refusal": ("raise", "fallback"),
     "remainder": (None, "first", "balanced"),
+    "attention_calls": (1, 2),
     "inner": ("auto", "eager", "inductor", "npugraph_ex", "torchair"),
 }
 INNERS = {"host": ("eager", "inductor"), "npu": ("npugraph_ex", "torchair", "eager")}
@@ -44,6 +45,10 @@ class CPConfig:
         on_refusal: "raise", or "fallback": run the graph unsharded, with a warning and a report.
         strict: True refuses an op that has no rule; False gathers its inputs, goes on and reports it.
         min_tokens: graphs with fewer tokens are left alone; at least 2 * cp_size tokens are needed in any case.
+        overlap: start a collective as soon as what it sends is there and wait for it when what it brings is needed;
+            False keeps the order in which the graph was written.
+        attention_calls: target npu: 2, one call a half, or 1, both halves in one call over 2 x sequences (a paged cache
+            in TND, which that names twice).
         check_inputs: compare a hash of the token ids over the ranks before each step.
         mode: torch.compile's mode; accepted and recorded, it changes nothing.
     """
@@ -59,6 +64,8 @@ class CPConfig:
     on_refusal: str = "raise"
     strict: bool = False
     min_tokens: int = 0
+    overlap: bool = True
+    attention_calls: int = 2
     check_inputs: bool = False
     mode: str | None = None
 
@@ -66,7 +73,7 @@ class CPConfig:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise _bad(name, getattr(self, name), "one of " + ", ".join(repr(a) for a in allowed))
-        for name in ("strict", "check_inputs"):
+        for name in ("strict", "check_inputs", "overlap"):
             if not isinstance(getattr(self, name), bool):
                 raise _bad(name, getattr(self, name), "True or False")
         _check_int("cp_size", self.cp_size, 1, optional=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -12,9 +11,10 @@ from torch import fx
 from cppass.arithmetic import Numbers
 from cppass.errors import Unsupported
 from cppass.ops import CANONICAL
+from cppass.shapes import Shapes
 from cppass.target import Ranks
 from cppass.tokens import Size, size_of
-from cppass.torch_private import fake_mode_of, without_fakes
+from cppass.torch_private import without_fakes
 
 c10d = torch.ops._c10d_functional
 Lowering = TypeVar("Lowering")
@@ -25,21 +25,18 @@ class Emitter:
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self.gm, self.graph = gm, gm.graph
-        self.fake_mode = fake_mode_of(gm.graph)
+        self.shapes = Shapes(gm.graph)
         self.origin: fx.Node | None = None
         self.sizes: dict[Size, fx.Node | None] = {}
         self.numbers = Numbers(lambda function, args: self(function, *args))
 
     def __call__(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         assert self.origin is not None
-        with self.graph.inserting_before(self.origin), self.shapes():
+        with self.graph.inserting_before(self.origin):
             node = self.graph.call_function(target, args, kwargs)
             node.meta.update({k: v for k, v in self.origin.meta.items() if k != "val"})
-            node.meta["val"] = target(*fx.map_arg(args, _value), **fx.map_arg(kwargs, _value))
+            node.meta["val"] = self.shapes(target, args, kwargs)
         return node
-
-    def shapes(self) -> AbstractContextManager[Any]:
-        return self.fake_mode if self.fake_mode is not None else nullcontext()
 
     def size(self, x: fx.Node, dim: int) -> int | fx.Node:
         """A size of a tensor, as an int or a node."""
@@ -73,7 +70,7 @@ class Emitter:
         assert self.origin is not None
         with self.graph.inserting_before(self.origin):
             node = self.graph.get_attr(f"rows_constant_{number}")
-        node.meta["val"] = self.fake_mode.from_tensor(tensor) if self.fake_mode is not None else tensor
+        node.meta["val"] = self.shapes.mode.from_tensor(tensor) if self.shapes.mode is not None else tensor
         return self(torch.ops.aten.lift_fresh_copy.default, node)
 
     def lowerings(self, known: Mapping[str, Lowering], target: str, hint: str) -> Iterator[tuple[fx.Node, Lowering]]:
@@ -93,7 +90,3 @@ class Emitter:
     def replace(self, node: fx.Node, lowered: fx.Node) -> None:
         node.replace_all_uses_with(lowered)
         self.graph.erase_node(node)
-
-
-def _value(node: fx.Node) -> Any:
-    return node.meta["val"]

@@ -61,7 +61,7 @@ def _run(config: CPConfig, ranks: Ranks, gm: fx.GraphModule, compiler_config: An
         raise refused_error(report.refusals)
     if report.status == REWRITTEN:
         target = load("npu")
-        target.lower(gm, ranks)
+        target.lower(gm, ranks, config)
         _check_lengths(target, gm, compiler_config)
 
 

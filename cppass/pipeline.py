@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from torch import fx
 
+from cppass.collector import collector_paused
 from cppass.config import CPConfig
 from cppass.errors import Refusal
 from cppass.explain_node import op_of, refuse
@@ -37,6 +38,7 @@ from cppass.torch_private import ranks_of_group
 from cppass.verify import verify
 
 
+@collector_paused()
 def rewrite_graph(
     gm: fx.GraphModule,
     config: CPConfig,
@@ -85,7 +87,6 @@ def rewrite_graph(
     rewritten = rewrite(graph, plan)
     verify(rewritten, plan)
     gm.graph = rewritten
-    gm.recompile()
     return report
 
 
@@ -111,7 +112,6 @@ def _rewrite_sharded(
     rewritten = rewrite_sharded(graph, plan)
     verify_sharded(rewritten, plan)
     gm.graph = rewritten
-    gm.recompile()
     tokens = f"{plan.rows} local rows"
     return dataclasses.replace(base, status=REWRITTEN, tokens=tokens, gathers=describe_sharded(plan))
 

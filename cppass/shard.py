@@ -81,6 +81,8 @@ def unify_sizes(graph: fx.Graph, sites: tuple[AttentionSite, ...]) -> None:
     as one (active_num of a routing). A later call in which they differ gets a graph of its own.
     """
     tokens = sites[0].query.meta["val"].shape[sites[0].query_dim]
+    if isinstance(tokens, int) and not any(isinstance(n.meta.get("val"), torch.SymInt) for n in graph.nodes):
+        return
     site_of = {site.node: site for site in sites if site.rewrite is not Rewrite.ROWWISE}
     seeds = _seeds(graph, sites, site_of, size_of(tokens))
     sizes = [node.meta["val"].shape[state.dim] for node, states in seeds.items() for state in states if state.bare]

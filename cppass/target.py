@@ -28,8 +28,8 @@ class Target(Protocol):
 
     name: str
 
-    def lower(self, gm: fx.GraphModule, ranks: Ranks) -> None:
-        """Replace every canonical op of `gm`, in place."""
+    def lower(self, gm: fx.GraphModule, ranks: Ranks, config: CPConfig) -> None:
+        """Replace every canonical op of `gm`, in place, as the options say."""
 
     def computed_lengths(self, gm: fx.GraphModule) -> list[fx.Node]:
         """Lengths in the lowered graph that some compilers cannot take, because they are no inputs of the graph."""

@@ -7,6 +7,7 @@ both. What a Local value looks like is a `State`: the axis that carries tokens, 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TypeAlias
 
 import sympy
@@ -100,6 +101,7 @@ def product(sizes: tuple[Size, ...]) -> Size:
     return result
 
 
+@functools.lru_cache(maxsize=4096)
 def divide(a: Size, b: Size) -> Size | None:
     """a / b where that is exactly a positive integer expression, else None."""
     if isinstance(a, int) and isinstance(b, int):

@@ -15,7 +15,11 @@ import torch
 from torch import fx
 
 import lowering.host.ops  # noqa: F401  (defines torch.ops.cppass_host)
+from cppass.collector import collector_paused
+from cppass.config import CPConfig
 from cppass.emitter import Emitter
+from cppass.errors import Unsupported
+from cppass.schedule import overlap
 from cppass.target import Ranks
 from lowering.host.inductor import compile_with_inductor
 from lowering.host.inplace import recover_writes
@@ -28,11 +32,17 @@ class HostTarget:
 
     name = "host"
 
-    def lower(self, gm: fx.GraphModule, ranks: Ranks) -> None:
+    @collector_paused()
+    def lower(self, gm: fx.GraphModule, ranks: Ranks, config: CPConfig) -> None:
+        if config.attention_calls == 1:
+            why = "attention_calls=1 is for target npu: on the host one op has both halves anyway"
+            raise Unsupported("CP508", why, "leave attention_calls out")
         emit = Emitter(gm)
         missing = "host form: fused-infer-attention is for target npu"
         for node, lower in emit.lowerings(LOWERINGS, missing, "use target='npu', or 'auto'"):
             emit.replace(node, lower(emit, node, ranks))
+        if config.overlap:
+            overlap(gm.graph)
         gm.graph.lint()
         gm.recompile()
 

@@ -8,6 +8,7 @@ after:   prev = npu_fused_infer_attention_score(q[:a], k, v, actual_seq_lengths=
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import fx
 
 from cppass.arithmetic import node_of
 from cppass.emitter import Emitter
+from cppass.errors import Unsupported
 from cppass.fused_op import LSE_DIM, OPS, TOKEN_DIM
 from cppass.halves import CAUSAL, HalfCall, half_call
 from cppass.layout import Half, Zigzag
@@ -24,6 +26,8 @@ from cppass.target import Ranks
 from lowering.npu.rows import Rows
 
 aten = torch.ops.aten
+
+HALVES: tuple[Half, Half] = (0, 1)
 
 AS_GIVEN = (
     *("block_table", "num_key_value_heads", "pre_tokens", "next_tokens"),
@@ -41,16 +45,65 @@ def fused_attention(emit: Emitter, rows: Rows, node: fx.Node, ranks: Ranks) -> l
     given = named_arguments(node)
     layout = rows.layout(given["lengths"], given["cp_size"], given["even"])
     dim, start, results = TOKEN_DIM[given["input_layout"]], 0, []
-    for half in (0, 1):
+    for half in HALVES:
         call = _tensor_call(emit, layout, ranks.rank, half, given) or _list_call(emit, layout, ranks.rank, half, given)
         if is_known(call.rows, 0):
             continue  # the op refuses an empty query
         results.append(call_half(emit, rows, given, call, start, dim))
         start = start + call.rows
-    results_of_op = [joined(emit, [r[0] for r in results], dim, layout, ranks.rank)]
-    if given["lse"]:
-        results_of_op.append(joined(emit, [r[1] for r in results], LSE_DIM[given["input_layout"]], layout, ranks.rank))
-    return results_of_op
+    return _results(emit, results, layout, ranks, given)
+
+
+def fused_attention_in_one_call(emit: Emitter, rows: Rows, node: fx.Node, ranks: Ranks) -> list[fx.Node]:
+    """The same by one call: every sequence is in it twice, with its prev and with its next block.
+
+    after:   out, lse = npu_fused_infer_attention_score(q[: a + b], k, v, block_table=cat([table, table]),
+                 actual_seq_lengths=[.., a, .., a + b], actual_seq_lengths_kv=[prev's, then next's], ...)
+    """
+    given = named_arguments(node)
+    check_one_call(node, given)
+    layout = rows.layout(given["lengths"], given["cp_size"], given["even"])
+    halves = [(_list_call(emit, layout, ranks.rank, half, given), given) for half in HALVES]
+    call, both = one_call(emit, rows, halves)
+    return _results(emit, [call_half(emit, rows, both, call, 0, 0)], layout, ranks, given)
+
+
+def _results(
+    emit: Emitter, calls: list[list[fx.Node]], layout: Zigzag, ranks: Ranks, given: dict[str, Any]
+) -> list[fx.Node]:
+    """Output and log-sum-exp of all rows, from those of the calls."""
+    dims = (TOKEN_DIM[given["input_layout"]], LSE_DIM[given["input_layout"]])
+    parts = zip(*calls, strict=True)
+    return [joined(emit, list(part), dim, layout, ranks.rank) for part, dim in zip(parts, dims, strict=False)]
+
+
+def check_one_call(node: fx.Node, given: dict[str, Any]) -> None:
+    """Raises Unsupported: CP508, keys and values of a sequence cannot be named twice."""
+    paged = given["block_table"] is not None and isinstance(given["q_lengths"], (list, tuple))
+    if given["input_layout"] != "TND" or not paged:
+        raise Unsupported(
+            "CP508",
+            f"attention_calls=1 takes a paged cache in TND with lists of lengths; {node.name} has "
+            f"{given['input_layout']}{'' if paged else ' without them'}",
+            "leave attention_calls at its default, 2",
+        )
+
+
+def one_call(
+    emit: Emitter, rows: Rows, halves: list[tuple[HalfCall, dict[str, Any]]]
+) -> tuple[HalfCall, dict[str, Any]]:
+    """Both halves as one call over 2 x sequences, and the operands it is made with."""
+    (prev, given), (after, given_after) = halves
+    assert isinstance(prev.q_lengths, list) and isinstance(after.q_lengths, list)
+    tables = [given["block_table"], given_after["block_table"]]
+    table = rows.once(("both halves", *tables), lambda: emit(aten.cat.default, tables, 0))
+    call = dataclasses.replace(
+        prev,
+        rows=prev.rows + after.rows,
+        q_lengths=[*prev.q_lengths, *(prev.rows + n for n in after.q_lengths)],
+        kv_lengths=[*(prev.kv_lengths or ()), *(after.kv_lengths or ())],
+    )
+    return call, given | {"block_table": table}
 
 
 def is_known(number: Any, value: int) -> bool:

@@ -21,7 +21,7 @@ from cppass.layout import Half, Zigzag
 from cppass.ops import named_arguments
 from cppass.sharded_ops import layout_of
 from cppass.target import Ranks
-from lowering.npu.attention import call_half, is_known, joined
+from lowering.npu.attention import HALVES, call_half, check_one_call, is_known, joined, one_call
 from lowering.npu.moves import fetched
 from lowering.npu.rows import Rows
 from lowering.npu.tables import half_keys, row_homes
@@ -65,14 +65,29 @@ def fused_attention_sharded(emit: Emitter, rows: Rows, node: fx.Node, ranks: Ran
     layout = _layout(emit, given, emit.size(given["q"], 0))
     start: Any = 0
     results = []
-    for half in (0, 1):
+    for half in HALVES:
         call, here = _half(emit, rows, layout, ranks.rank, half, given)
         if is_known(call.rows, 0):
             continue  # the op refuses an empty query
         results.append(call_half(emit, rows, here, call, start, 0))
         start = start + call.rows
+    return _joined(emit, results, layout, ranks)
+
+
+def fused_attention_sharded_in_one_call(emit: Emitter, rows: Rows, node: fx.Node, ranks: Ranks) -> list[fx.Node]:
+    """The same by one call over 2 x sequences, their padding as further ones."""
+    given = named_arguments(node) | {"input_layout": "TND"}
+    check_one_call(node, given)
+    layout = _layout(emit, given, emit.size(given["q"], 0))
+    halves = [_half(emit, rows, layout, ranks.rank, half, given) for half in HALVES]
+    call, both = one_call(emit, rows, halves)
+    return _joined(emit, [call_half(emit, rows, both, call, 0, 0)], layout, ranks)
+
+
+def _joined(emit: Emitter, results: list[list[fx.Node]], layout: Zigzag, ranks: Ranks) -> list[fx.Node]:
     if layout.remainder == "balanced":
-        return [emit(aten.cat.default, list(part), 0) for part in zip(*results, strict=True)]
+        parts = zip(*results, strict=True)
+        return [part[0] if len(part) == 1 else emit(aten.cat.default, list(part), 0) for part in parts]
     return [joined(emit, list(part), 0, layout, ranks.rank) for part in zip(*results, strict=True)]
 
 

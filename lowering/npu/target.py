@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from cppass.collector import collector_paused
+from cppass.config import CPConfig
 from cppass.emitter import Emitter
+from cppass.schedule import overlap
 from cppass.target import Ranks
 from lowering.npu import attention, moves, sharded
 from lowering.npu.compilers import compile_with, register_writes
@@ -30,6 +33,11 @@ LOWERINGS: dict[str, Lowering] = {
     "look_up_sharded": sharded.look_up_sharded,
     "fused_attention_sharded": sharded.fused_attention_sharded,
 }
+ONE_CALL: dict[str, Lowering] = {
+    "fused_attention": attention.fused_attention_in_one_call,
+    "fused_attention_sharded": sharded.fused_attention_sharded_in_one_call,
+}
+"""With the option attention_calls=1."""
 
 
 class NpuTarget:
@@ -37,12 +45,14 @@ class NpuTarget:
 
     name = "npu"
 
-    def lower(self, gm: fx.GraphModule, ranks: Ranks) -> None:
+    @collector_paused()
+    def lower(self, gm: fx.GraphModule, ranks: Ranks, config: CPConfig) -> None:
         emit = Emitter(gm)
         rows = Rows(emit, ranks.rank, _device(gm))
         missing = "NPU form: target npu takes fused-infer-attention"
         hint = "use npu_fused_infer_attention_score in the model, or target='host'"
-        for node, lower in emit.lowerings(LOWERINGS, missing, hint):
+        known = LOWERINGS if config.attention_calls == 2 else LOWERINGS | ONE_CALL
+        for node, lower in emit.lowerings(known, missing, hint):
             lowered = lower(emit, rows, node, ranks)
             if isinstance(lowered, fx.Node):
                 emit.replace(node, lowered)
@@ -51,6 +61,8 @@ class NpuTarget:
         if "npugraph_ex._acl_concrete_graph.graph_pass" in sys.modules:  # it may be what called us, through a hook
             register_writes()
         gm.graph.eliminate_dead_code()
+        if config.overlap:
+            overlap(gm.graph)
         gm.graph.lint()
         gm.recompile()
 

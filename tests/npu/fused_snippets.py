@@ -87,10 +87,14 @@ def paged(
     dtype: torch.dtype = torch.float32,
     fresh: bool = False,
     lse: bool = False,
+    spare: int = 0,
     **given: Any,
 ) -> Snippet:
-    """TND: the cache is written first and read by block table; `fresh` attends to the packed K/V, the write after."""
-    tokens, blocks = sum(lengths), 2 * len(lengths)
+    """TND: the cache is written first and read by block table; `fresh` attends to the packed K/V, the write after.
+
+    The cache has two pages a sequence, and `spare` ones.
+    """
+    tokens, blocks = sum(lengths), 2 * len(lengths) + spare
     step = plan_step(lengths, prefixes, block_size=BLOCK, blocks=blocks, capacity=2 * BLOCK, shuffle=1).metadata
     options = {"sparse_mode": 3, **given}
 

@@ -48,13 +48,16 @@ def steps(draw: Callable[..., object]) -> tuple[Batch, list[StepPlan], bool]:
 
 
 @settings(fixed, max_examples=25)
-@given(step=steps(), lower=st.booleans())
-def test_ranks_compute_what_one_device_does(step: tuple[Batch, list[StepPlan], bool], lower: bool) -> None:
+@given(step=steps(), lower=st.booleans(), calls=st.sampled_from([1, 2]))
+def test_ranks_compute_what_one_device_does(step: tuple[Batch, list[StepPlan], bool], lower: bool, calls: int) -> None:
     batch, plans, packed = step
     one, cp_size, remainder = layer_of(batch, None), len(plans), plans[0].layout.remainder
     expected = layer_run(batch.plan(1), packed)(rows_of(batch), *one.tensors)
     inputs = [(plan.shard(rows_of(batch)), *layer_of(batch, plan).tensors) for plan in plans]
-    config = cppass.CPConfig(inputs="sharded", sharded_inputs=NAMED, cp_size=cp_size, remainder=remainder)
+    calls = 2 if packed else calls  # one call takes a paged cache
+    config = cppass.CPConfig(
+        inputs="sharded", sharded_inputs=NAMED, cp_size=cp_size, remainder=remainder, attention_calls=calls
+    )
     real = [page for page in range(batch.pages) if page != batch.pad_slot // BLOCK]
     run = layer_run(plans[0], packed)
     for seen, own in cppass.simulate(run, inputs[0], cp_size, config, rank_inputs=inputs, lower=lower):
