@@ -10,14 +10,18 @@ import json
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 from cppass import CPError, OptionError, __version__
+from cppass.bench.sections import SECTIONS
+from cppass.cost import HARDWARE, MODELS
 from cppass.demo.job import DIALECTS, DTYPES, Job
 from cppass.demo.presets import PRESETS
 
 INSTALL = 'pip install "cppass[host]"'
 INSTALL_NPU = 'pip install "cppass[npu-host]"'
+INSTALL_PLOT = 'pip install "cppass[plot]"'
 
 try:
     import typer
@@ -151,6 +155,84 @@ def run(
         raise typer.Exit(128 + signal.SIGINT) from None
     if outcome is not None:
         _show(outcome, as_json)
+
+
+@app.command()
+def bench(
+    sections: Annotated[
+        list[str] | None, typer.Argument(metavar="[SECTION]...", help=f"Of {', '.join(SECTIONS)}. Default: all.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes: they show that it works.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Also write DIR/SECTION.md, and .svg plots with matplotlib.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+    trace: Annotated[bool, typer.Option("--traceback", help="With an error, show where a rank raised it.")] = False,
+) -> None:
+    """Measure what is claimed of the pass: both sides in turns in one run, as ratios. An idle machine is needed.
+
+    Exit status: 0 measured, 1 something failed, 2 wrong usage.
+    """
+    from cppass.bench.sections import chosen
+
+    try:
+        wanted = chosen(sections or ())
+        if any(section.models for section in wanted.values()):
+            _need(*NEEDS["hf"])
+    except OptionError as error:
+        _fail(error, as_json, trace, status=2)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that `finally` ends the ranks
+    from cppass.bench.command import measure_all
+
+    try:
+        measured = measure_all(wanted, tuple(sections or ()), quick, out, None if as_json else Console())
+    except CPError as error:
+        _fail(error, as_json, trace, status=1)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; all processes have ended", err=True)
+        raise typer.Exit(128 + signal.SIGINT) from None
+    if as_json:
+        typer.echo(json.dumps(measured))
+
+
+@app.command()
+def cost(
+    preset: Annotated[
+        str, typer.Option(metavar="NAME", help=f"The published shape of a model: {', '.join(MODELS)}.")
+    ] = "qwen3-8b",
+    hardware: Annotated[
+        str, typer.Option(metavar="NAME", help=f"{', '.join(HARDWARE)}, or host: measure this one.")
+    ] = "ascend-910b",
+    tokens: Annotated[int, typer.Option(metavar="N", help="Prompt length, one sequence.")] = 32768,
+    ranks: Annotated[str, typer.Option(metavar="P,...", help="Numbers of ranks.")] = "2,4,8,16",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also draw TTFT against length; .svg, .png or .pdf.")
+    ] = None,
+) -> None:
+    """Predict TTFT, bytes and memory on P ranks: context parallelism against TP, Ulysses, ring and one device.
+
+    Closed forms and a device's figures; no model is built. What is measured and what is not stands below the table.
+    """
+    from cppass.cost.answer import Question, answer, ranks_of
+    from cppass.cost.plot import check, draw
+
+    try:
+        question = Question(preset, hardware, tokens, ranks_of(ranks))
+        if plot is not None:
+            check(plot)
+            _need(INSTALL_PLOT, "matplotlib")
+        found = answer(question)
+    except CPError as error:
+        _fail(error, as_json, False, status=2 if isinstance(error, OptionError) else 1)
+    if plot is not None:
+        draw(found, plot)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict()))
+    else:
+        from cppass.cost.table import render
+
+        render(found, Console())
 
 
 @app.command()

@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from cppass.cost.hardware import HARDWARE, Hardware
 from cppass.errors import OptionError, Unsupported
 
 CHOICES: dict[str, tuple[str | int | None, ...]] = {
@@ -44,7 +45,10 @@ class CPConfig:
             graph), "torchair" (GE, max-autotune) or "eager".
         on_refusal: "raise", or "fallback": run the graph unsharded, with a warning and a report.
         strict: True refuses an op that has no rule; False gathers its inputs, goes on and reports it.
-        min_tokens: graphs with fewer tokens are left alone; at least 2 * cp_size tokens are needed in any case.
+        min_tokens: graphs with fewer tokens are left alone; at least 2 * cp_size tokens are needed in any case. "auto":
+            as many as the cost model says pay on `hardware` (docs/cost-model.md).
+        hardware: with min_tokens="auto": the device, by name in cppass.cost.HARDWARE or as a cppass.cost.Hardware; the
+            same on all ranks. None: "ascend-910b" for graphs of NPU ops, "host-core" for others.
         overlap: start a collective as soon as what it sends is there and wait for it when what it brings is needed;
             False keeps the order in which the graph was written.
         attention_calls: target npu: 2, one call a half, or 1, both halves in one call over 2 x sequences (a paged cache
@@ -63,7 +67,8 @@ class CPConfig:
     inner: str = "auto"
     on_refusal: str = "raise"
     strict: bool = False
-    min_tokens: int = 0
+    min_tokens: int | str = 0
+    hardware: Any = None
     overlap: bool = True
     attention_calls: int = 2
     check_inputs: bool = False
@@ -78,7 +83,12 @@ class CPConfig:
                 raise _bad(name, getattr(self, name), "True or False")
         _check_int("cp_size", self.cp_size, 1, optional=True)
         _check_int("rank", self.rank, 0, optional=True)
-        _check_int("min_tokens", self.min_tokens, 0)
+        if self.min_tokens != "auto":
+            _check_int("min_tokens", self.min_tokens, 0)
+            if self.hardware is not None:
+                raise _bad("hardware", self.hardware, "for min_tokens='auto' alone")
+        elif not (self.hardware is None or isinstance(self.hardware, Hardware) or self.hardware in HARDWARE):
+            raise _bad("hardware", self.hardware, f"a cppass.cost.Hardware, or one of {', '.join(HARDWARE)}")
         if self.rank is not None and self.cp_size is not None and self.rank >= self.cp_size:
             raise _bad("rank", self.rank, f"an int below cp_size={self.cp_size}")
         if self.mode is not None and not isinstance(self.mode, str):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -87,6 +88,13 @@ class Emitter:
             self.origin = node
             yield node, known[name]
 
-    def replace(self, node: fx.Node, lowered: fx.Node) -> None:
-        node.replace_all_uses_with(lowered)
+    def replace(self, node: fx.Node, lowered: fx.Node | list[fx.Node]) -> None:
+        """A list holds the elements of a node that returns several."""
+        if isinstance(lowered, fx.Node):
+            node.replace_all_uses_with(lowered)
+        else:
+            for user in list(node.users):
+                assert user.target is operator.getitem
+                user.replace_all_uses_with(lowered[user.args[1]])  # type: ignore[index]
+                self.graph.erase_node(user)
         self.graph.erase_node(node)

@@ -14,7 +14,7 @@ from collections.abc import Container
 from torch import fx
 
 from cppass.match.kv import write_of
-from cppass.site import AttentionSite, Fresh
+from cppass.site import AttentionSite, Fresh, Rewrite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,9 @@ def slot_writes(sites: tuple[AttentionSite, ...], even: bool, gathered: Containe
     for site in sites:
         parts = (site.key_fresh, site.value_fresh)
         slots = [_slots_of(part) for part in parts]
-        if not even or site.fused is None or not all(part.source in gathered for part in parts):
+        if not even or site.rewrite is Rewrite.ROWWISE or not all(part.source in gathered for part in parts):
+            continue
+        if parts[0].dim != parts[1].dim:  # one collective brings both
             continue
         if any(s is None for s in slots) or not all(_only_written(part) for part in parts):
             continue
@@ -48,7 +50,7 @@ def slot_writes(sites: tuple[AttentionSite, ...], even: bool, gathered: Containe
 
 
 def _slots_of(part: Fresh) -> fx.Node | None:
-    if len(part.writes) != 1 or part.dim != 0:
+    if len(part.writes) != 1:
         return None
     writes = [write_of(node) for node in (part.writes[0], *part.writes[0].users)]
     return next((w.slots for w in writes if w is not None and w.node is part.writes[0]), None)

@@ -9,8 +9,10 @@ from torch import fx
 
 from cppass.collector import collector_paused
 from cppass.config import CPConfig
+from cppass.cost.hardware import HARDWARE, Hardware
 from cppass.errors import Refusal
 from cppass.explain_node import op_of, refuse
+from cppass.gate import break_even
 from cppass.match import find_sites, outside_notes
 from cppass.plan import make_plan
 from cppass.prepare import prepare
@@ -26,13 +28,14 @@ from cppass.report import (
 )
 from cppass.rewrite import rewrite
 from cppass.rules import name_of, shape_of
-from cppass.shard import propagate, unify_sizes
+from cppass.shard import Propagation, propagate, unify_sizes
 from cppass.sharded_inputs import entering_inputs
 from cppass.sharded_plan import make_sharded_plan
 from cppass.sharded_rewrite import rewrite_sharded
 from cppass.sharded_verify import verify_sharded
 from cppass.site import AttentionSite
 from cppass.step import Step, step_of, too_short
+from cppass.target import target_of
 from cppass.tokens import Tokens
 from cppass.torch_private import ranks_of_group
 from cppass.verify import verify
@@ -67,10 +70,9 @@ def rewrite_graph(
         notes = outside_notes(graph)
         return dataclasses.replace(base, reason="no attention in this graph", notes=notes)
     if found.sites:
-        reason = too_short(found.sites, cp_size, config.min_tokens)
+        reason = too_short(found.sites, cp_size, 0 if config.min_tokens == "auto" else int(config.min_tokens))
         if reason:
             return dataclasses.replace(base, reason=reason)
-    if found.sites:
         unify_sizes(graph, found.sites)
     step = step_of(found.sites, cp_size) if found.sites else None
     refusals = (*found.refusals, *([step] if isinstance(step, Refusal) else []), *_collectives(graph, group_name))
@@ -78,6 +80,8 @@ def rewrite_graph(
         return dataclasses.replace(base, status=REFUSED, reason=refusals[0].why, refusals=refusals)
 
     reach = propagate(graph, found.sites)
+    if config.min_tokens == "auto" and (reason := _does_not_pay(gm, graph, found.sites, reach, cp_size, config)):
+        return dataclasses.replace(base, reason=reason)
     plan = make_plan(graph, found.sites, reach, step, config.strict)
     if plan.refusals:
         return dataclasses.replace(base, status=REFUSED, reason=plan.refusals[0].why, refusals=plan.refusals)
@@ -88,6 +92,26 @@ def rewrite_graph(
     verify(rewritten, plan)
     gm.graph = rewritten
     return report
+
+
+def _does_not_pay(
+    gm: fx.GraphModule,
+    graph: fx.Graph,
+    sites: tuple[AttentionSite, ...],
+    reach: Propagation,
+    cp_size: int,
+    config: CPConfig,
+) -> str:
+    """Why the cost model says that one device is faster, "" where it is not. The comparison is a guard."""
+    hardware = config.hardware
+    if not isinstance(hardware, Hardware):
+        default = "ascend-910b" if target_of(gm, config)[0] == "npu" else "host-core"
+        hardware = HARDWARE[hardware or default]
+    least = break_even(graph, sites, reach, cp_size, hardware)
+    if least is None:
+        return f"{cp_size} ranks are predicted to be slower than one device at any length on {hardware.name}"
+    short = too_short(sites, cp_size, least)
+    return short and f"{short}, the break-even predicted for {hardware.name}"
 
 
 def _rewrite_sharded(

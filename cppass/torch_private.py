@@ -85,6 +85,11 @@ def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
     return bool(statically_known_true(a == b))
 
 
+def hinted(x: torch.Tensor) -> tuple[int, ...]:
+    """Sizes in the call that is compiled, symbolic ones by their hints; installs no guard."""
+    return tuple(int(s.node.hint) if isinstance(s, torch.SymInt) else s for s in x.shape)
+
+
 def is_unbacked(value: int | torch.SymInt) -> bool:
     """Whether a number was read from a tensor while tracing (item, tolist), so that no input of the graph gives it."""
     return isinstance(value, torch.SymInt) and bool(free_unbacked_symbols(value))

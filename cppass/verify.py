@@ -34,7 +34,12 @@ GATHERED = "gathered rows"
 
 WAIT = "_c10d_functional::wait_tensor"
 
-SLOT_WRITES = {"npu::npu_scatter_nd_update": {1, 2}, SCATTER_PA: {0, 1, 4}, "aten::index_put": {1, 2}}
+SLOT_WRITES = {
+    "npu::npu_scatter_nd_update": {1, 2},
+    SCATTER_PA: {0, 1, 4},
+    "aten::index_put": {1, 2},
+    "aten::index_copy": {1, 2},
+}
 """Writes of rows to slots -> which tensor operands are rows or slots."""
 
 
@@ -157,8 +162,10 @@ class _ReplicatedTyping(Typing):
 
     def slot_write(self, node: fx.Node, operands: list[fx.Node], given: tuple[State | None, ...]) -> None:
         """Rows in gathered order go to slots in gathered order, all of them, into a whole cache."""
-        rows = SLOT_WRITES[name_of(node)]
-        wanted = tuple(Tokens(0, order=GATHERED) if i in rows else None for i in range(len(operands)))
+        dims = dict.fromkeys(SLOT_WRITES[name_of(node)], 0)
+        if name_of(node) == "aten::index_copy":
+            dims[2] = int(node.args[1]) % len(shape_of(operands[2]))  # type: ignore[arg-type]
+        wanted = tuple(Tokens(dims[i], order=GATHERED) if i in dims else None for i in range(len(operands)))
         if given != wanted:
             raise illegal(node, f"writes rows and slots in different order: {[str(s) if s else 'Full' for s in given]}")
 
@@ -194,13 +201,14 @@ class _ReplicatedTyping(Typing):
     def _gather(self, node: fx.Node) -> State | None:
         xs, dims, inners, *_ = node.args
         natural = named_arguments(node)["natural"]
-        if not natural and not (self.layout.even and set(dims) == {0} and set(inners) == {1}):  # type: ignore[arg-type]
-            raise illegal(node, "leaves rows in gathered order where there is padding, or in an inner dimension")
         for x, dim, inner in zip(xs, dims, inners, strict=True):  # type: ignore[arg-type]
             state = self.states.get(x)
-            if not (isinstance(state, Tokens) and state.plain and (state.dim, state.inner) == (dim, _size(inner))):
+            fits = isinstance(state, Tokens) and state.plain and (state.dim, state.inner) == (dim, _size(inner))
+            if not fits or not (natural or state == Tokens(dim)):
                 raise illegal(node, f"gathers {x.name}, which is {state or 'Full'}, along dim {dim}")
-        return None if natural else Tokens(0, order=GATHERED)
+        if not natural and not (self.layout.even and len(set(dims)) == 1 and set(inners) == {1}):  # type: ignore[arg-type]
+            raise illegal(node, "leaves rows in gathered order where there is padding, or in an inner dimension")
+        return None if natural else Tokens(dims[0], order=GATHERED)  # type: ignore[index,arg-type]
 
     def _gather_rows(self, node: fx.Node) -> None:
         x, dim = node.args[:2]

@@ -80,7 +80,7 @@ Reader = Callable[[fx.Node], "tuple[object, object, object] | None"]  # a write'
 
 
 def _index_copy(node: fx.Node) -> tuple[object, object, object]:
-    return node.args[3], node.args[1], None
+    return node.args[3], node.args[1], node.args[2]
 
 
 def _index_put(node: fx.Node) -> tuple[object, object, object]:

@@ -2,8 +2,9 @@
 
 Collectives are not in here: they stay visible in the graph as torch's functional collectives.
 
-    pack      Local values -> one flat buffer, rows first, so that an all-gather of it is rank-major
-    unpack    the gathered buffer -> Full values in natural order
+    pack      Local values -> one buffer, rows first, so that an all-gather of it is rank-major
+    unpack    the gathered rows -> Full values in natural order
+    gathered_order  slots of natural rows -> of gathered rows, which then need not be put in order
     shard     this rank's rows of a Full value
     pick_rows, place_rows      the same for a few rows
     attention one rank's two zigzag halves
@@ -47,37 +48,51 @@ def _shard_shape(x: Tensor, dim: int, inner: int, lengths: list[int], cp_size: i
 
 
 def pack(xs: list[Tensor], dims: list[int], inners: list[int], lengths: list[int], cp_size: int, even: bool) -> Tensor:
-    """Local values, one after the other, each with its local rows first: [sum of sizes]."""
+    """Local values side by side, rows first: [m, sum of row sizes]. One copy."""
     rows = Zigzag(tuple(lengths), cp_size, even).local_rows
-    parts = [split_axis(x, d, rows, i).movedim(d + 1, 0).reshape(-1) for x, d, i in zip(xs, dims, inners, strict=True)]
-    return torch.cat(parts)
+    parts = [split_axis(x, d, rows, i).movedim(d + 1, 0) for x, d, i in zip(xs, dims, inners, strict=True)]
+    packed, start = xs[0].new_empty(rows, sum(part.numel() // rows for part in parts)), 0
+    for part in parts:
+        width = part.numel() // rows
+        packed.narrow(1, start, width).view(part.shape).copy_(part)
+        start += width
+    return packed
 
 
 def _pack_shape(
     xs: list[Tensor], dims: list[int], inners: list[int], lengths: list[int], cp_size: int, even: bool
 ) -> Tensor:
-    return xs[0].new_empty(sum(x.numel() for x in xs))
+    rows = Zigzag(tuple(lengths), cp_size, even).local_rows
+    return xs[0].new_empty(rows, sum(row_size(x, d, rows, i) for x, d, i in zip(xs, dims, inners, strict=True)))
+
+
+def row_size(x: Tensor, dim: int, rows: int, inner: int) -> int:
+    """Elements of one token of a Local value."""
+    size = x.shape[dim] // (rows * inner) * inner
+    for d, extent in enumerate(x.shape):
+        size = size if d == dim else size * extent
+    return size
 
 
 def unpack(
     gathered: Tensor, xs: list[Tensor], dims: list[int], inners: list[int], lengths: list[int], cp_size: int, even: bool
 ) -> list[Tensor]:
-    """The gathered buffers [P * sum of sizes] -> Full values in natural order; one copy each.
+    """The gathered rows [P * m, sum of row sizes] -> Full values in natural order; one copy each.
 
     Args:
         xs: the Local values that were packed (their shapes are used, not their values).
     """
     layout = Zigzag(tuple(lengths), cp_size, even)
     tokens, m = layout.tokens, layout.local_rows
-    by_rank = gathered.view(cp_size, -1)
     start, full = 0, []
     for x, dim, inner in zip(xs, dims, inners, strict=True):
-        part = by_rank.narrow(1, start, x.numel()).view(cp_size, m, -1)
-        start += x.numel()
-        natural = part.new_empty(tokens, part.shape[2])
+        width = x.numel() // m
+        part = gathered.narrow(1, start, width)
+        start += width
+        natural = part.new_empty(tokens, width)
         row = 0
         for rank, first, rows in layout.homes():
-            natural[row : row + rows].copy_(part[rank, first : first + rows])
+            natural[row : row + rows].copy_(part[rank * m + first : rank * m + first + rows])
             row += rows
         rest = (*x.shape[:dim], x.shape[dim] // (m * inner), inner, *x.shape[dim + 1 :])
         full.append(merge_axis(natural.view(tokens, *rest).movedim(0, dim + 1), dim))
@@ -88,6 +103,16 @@ def _unpack_shape(
     gathered: Tensor, xs: list[Tensor], dims: list[int], inners: list[int], lengths: list[int], cp_size: int, even: bool
 ) -> list[Tensor]:
     return gather_shape(xs, dims, inners, lengths, cp_size, even)
+
+
+def gathered_order(x: Tensor, lengths: list[int], cp_size: int, even: bool) -> Tensor:
+    """Full rows [S, ..] in natural order -> in the order in which gathered rows arrive."""
+    layout = Zigzag(tuple(lengths), cp_size, even)
+    return torch.cat([x[first : first + rows] for rank in range(cp_size) for first, rows in layout.spans(rank)])
+
+
+def _gathered_order_shape(x: Tensor, lengths: list[int], cp_size: int, even: bool) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def pick_rows(
@@ -210,6 +235,11 @@ OPS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
     "shard": (f"(Tensor x, {_ROWS}, int rank) -> Tensor", shard, _shard_shape),
     "pack": (f"(Tensor[] xs, {_MANY}) -> Tensor", pack, _pack_shape),
     "unpack": (f"(Tensor gathered, Tensor[] xs, {_MANY}) -> Tensor[]", unpack, _unpack_shape),
+    "gathered_order": (
+        "(Tensor x, SymInt[] lengths, int cp_size, bool even) -> Tensor",
+        gathered_order,
+        _gathered_order_shape,
+    ),
     "pick_rows": (f"(Tensor x, {_FEW}, int rank) -> Tensor", pick_rows, _pick_rows_shape),
     "place_rows": (f"(Tensor gathered, Tensor x, {_FEW}) -> Tensor", place_rows, _place_rows_shape),
     "pick_rows_at": (f"(Tensor x, {_AT}, int rank) -> Tensor", pick_rows_at, _pick_rows_at_shape),

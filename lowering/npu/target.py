@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -53,11 +52,7 @@ class NpuTarget:
         hint = "use npu_fused_infer_attention_score in the model, or target='host'"
         known = LOWERINGS if config.attention_calls == 2 else LOWERINGS | ONE_CALL
         for node, lower in emit.lowerings(known, missing, hint):
-            lowered = lower(emit, rows, node, ranks)
-            if isinstance(lowered, fx.Node):
-                emit.replace(node, lowered)
-            else:
-                _replace_elements(emit, node, lowered)
+            emit.replace(node, lower(emit, rows, node, ranks))
         if "npugraph_ex._acl_concrete_graph.graph_pass" in sys.modules:  # it may be what called us, through a hook
             register_writes()
         gm.graph.eliminate_dead_code()
@@ -71,15 +66,6 @@ class NpuTarget:
 
     def compile(self, gm: fx.GraphModule, example_inputs: Sequence[Any], inner: str) -> Callable[..., Any]:
         return compile_with(gm, example_inputs, inner)
-
-
-def _replace_elements(emit: Emitter, node: fx.Node, lowered: list[fx.Node]) -> None:
-    """The elements of a result that is a tuple."""
-    for user in list(node.users):
-        assert user.target is operator.getitem
-        user.replace_all_uses_with(lowered[user.args[1]])  # type: ignore[index]
-        emit.graph.erase_node(user)
-    emit.graph.erase_node(node)
 
 
 def _device(gm: fx.GraphModule) -> torch.device:

@@ -232,6 +232,12 @@ def an_op_without_a_rule(g: Graph) -> None:
     g.set_arg(node, 0, g.make(node, aten.roll.default, node.args[0], [1], [2]))
 
 
+def slots_in_natural_order(g: Graph) -> None:
+    """Rows come as the all-gather leaves them, and are written where natural rows go."""
+    write = next(n for n in g.graph.nodes if n.target is aten.index_copy.default)
+    g.set_arg(write, 2, write.args[2].args[0])
+
+
 MUTATIONS: dict[str, tuple[Mutate, str, str]] = {
     f.__name__: (f, code, says)
     for f, code, says in [
@@ -262,6 +268,7 @@ MUTATIONS: dict[str, tuple[Mutate, str, str]] = {
         (flip_local_rows, "CP403", "mixes rows"),
         (transpose_the_query, "CP403", "query that is Local(dim 3"),
         (an_op_without_a_rule, "CP403", "mixes rows"),
+        (slots_in_natural_order, "CP403", "writes rows and slots in different order"),
     ]
 }
 

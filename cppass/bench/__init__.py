@@ -1,0 +1,1 @@
+"""`cppass bench`: what is claimed of the pass, measured side by side in one run; ratios, never thresholds."""
