@@ -95,26 +95,22 @@ def _one_length(rank: int, barrier: Barrier, tokens: int, turns: int) -> Found:
     k_MF, v_MF = (torch.randn(rows, WIDTH, generator=generator) for _ in range(2))
 
     def merged() -> Tensor:
-        return _all_gather(torch.cat([k_MF.view(-1), v_MF.view(-1)]))
+        return _all_gather(torch.cat([k_MF, v_MF], 1))
 
     def separate() -> tuple[Tensor, Tensor]:
         return _all_gather(k_MF), _all_gather(v_MF)
 
-    # gathered rows: rank-major, K before V in each rank's part
-    gathered_PKMF = merged().view(RANKS, 2, rows, WIDTH)
+    gathered_S2F = merged()  # rank-major rows, K and V side by side
     slots = torch.randperm(tokens, generator=torch.Generator().manual_seed(7))  # of natural rows
-    permuted_PM = [slots[[p for p in layout.positions(r) if p is not None]] for r in range(RANKS)]
+    permuted_S = slots[[p for r in range(RANKS) for p in layout.positions(r) if p is not None]]
     caches = [torch.zeros(2, tokens, WIDTH) for _ in range(2)]
 
     def in_gathered_order() -> None:
-        for one, own in zip(gathered_PKMF, permuted_PM, strict=True):
-            for cache, part in zip(caches[0], one, strict=True):
-                cache.index_copy_(0, own, part)
+        for cache, part in zip(caches[0], torch.split(gathered_S2F, WIDTH, 1), strict=True):
+            cache.index_copy_(0, permuted_S, part)
 
     def in_natural_order() -> None:
-        natural = torch.ops.cppass_host.unpack(
-            gathered_PKMF.view(-1), [k_MF, v_MF], [0, 0], [1, 1], [tokens], RANKS, layout.even
-        )
+        natural = torch.ops.cppass_host.unpack(gathered_S2F, [k_MF, v_MF], [0, 0], [1, 1], [tokens], RANKS, layout.even)
         for cache, full in zip(caches[1], natural, strict=True):
             cache.index_copy_(0, slots, full)
 
@@ -129,8 +125,7 @@ def _one_length(rank: int, barrier: Barrier, tokens: int, turns: int) -> Found:
     gathered, natural = in_turns(timed(in_gathered_order), timed(in_natural_order), turns)
     assert torch.equal(*caches) and caches[0].any(), "both orders fill the cache alike"
     k_full, v_full = separate()
-    assert torch.equal(gathered_PKMF[:, 0].reshape(k_full.shape), k_full)
-    assert torch.equal(gathered_PKMF[:, 1].reshape(v_full.shape), v_full)
+    assert torch.equal(gathered_S2F, torch.cat([k_full, v_full], 1))
     return {
         "one all-gather, not two": list(one),
         "not: one all-gather, not two": list(two),
