@@ -53,6 +53,7 @@ SECTIONS = {
     "attention": Section("attention"),
     "prefill": Section("prefills", models=True),
     "memory": Section("activations", models=True),
+    "options": Section("variants", models=True),
 }
 
 

@@ -9,7 +9,7 @@ import torch
 from bench.failing_rank import failing
 from torch.profiler import ProfilerActivity, profile
 
-from cppass.bench import activations, gathers
+from cppass.bench import activations, gathers, variants
 from cppass.bench.spawn import on_ranks, slowest
 from cppass.demo.display import Silent
 from cppass.demo.failure import RankError
@@ -56,3 +56,11 @@ def test_a_rank_needs_less_memory_than_one_device() -> None:
         assert one / 2 - found.gathered < min(own) <= max(own) < one
         assert len(own) == 3 and all(a <= b for a, b in zip(own, with_gloo, strict=True))
     assert found.table().rows[0][3] == f"{0.5 + found.gathered / found.eager[0]:.3f}"
+
+
+def test_options_are_compared_on_the_same_prefill() -> None:
+    """Overlap changes no bit; the ranks check that both graphs were rewritten."""
+    found = variants.measure_variants(variants.VARIANTS[:1], 32, 2, Silent(), preset="qwen3-tiny")
+    (overlap,) = found.comparisons
+    assert (len(overlap.chosen), len(overlap.other), overlap.difference) == (2, 2, 0.0)
+    assert found.table().rows[0][:2] == ("overlap", "32")
