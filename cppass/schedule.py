@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import fx
 
 from cppass.rules import name_of
@@ -41,8 +42,10 @@ def _parts(nodes: list[fx.Node]) -> Iterable[list[fx.Node]]:
 
 
 def _has_effect(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return (schema is not None and schema.is_mutable) or (not node.users and node.is_impure())
+    """It writes, draws random numbers, or is there for what it does."""
+    schema, tags = getattr(node.target, "_schema", None), getattr(node.target, "tags", ())
+    writes = schema is not None and schema.is_mutable
+    return writes or torch.Tag.nondeterministic_seeded in tags or (not node.users and node.is_impure())
 
 
 def _overlapped(part: list[fx.Node]) -> list[fx.Node]:

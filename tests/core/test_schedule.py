@@ -128,6 +128,16 @@ def test_nothing_moves_over_a_write() -> None:
     assert seen.index("all_gather_into_tensor") < seen.index("add_")
 
 
+def test_random_numbers_are_drawn_in_order() -> None:
+    """The second one is for the collective, and stays the second."""
+
+    def run(x):  # type: ignore[no-untyped-def]
+        first, second = torch.rand_like(x), torch.randn_like(x)
+        return wait(gather(second)).sum() + first.sum()
+
+    assert reordered(run, X)[:2] == ["rand_like", "randn_like"]
+
+
 @pytest.mark.parametrize("count", [0, 1])
 def test_a_graph_without_collectives_stays(count: int) -> None:
     assert reordered(lambda x: x.sin().cos() * count, X) == ["sin", "cos", "mul"]
