@@ -229,16 +229,20 @@ def by_slice_scatter(cache: Tensor, slots: Tensor, rows: Tensor) -> Tensor:
     return torch.slice_scatter(flat, rows, 0, 0, rows.shape[0]).view_as(cache)
 
 
+def test_a_write_that_names_no_slots() -> None:
+    error = refusal(lambda x, *tensors: attend(x, Layer(*tensors), write=by_slice_scatter), INPUTS)
+    assert error.code == "CP113"
+    assert "a KV write by slice_scatter" in str(error) and "npu_scatter_nd_update_" in str(error)
+
+
 def by_index_copy(cache: Tensor, slots: Tensor, rows: Tensor) -> Tensor:
+    """The slots of this rank's rows alone."""
     cache.view(-1, *rows.shape[1:]).index_copy_(0, slots[: rows.shape[0]].long(), rows)
     return cache
 
 
-@pytest.mark.parametrize(("write", "form"), [(by_slice_scatter, "slice_scatter"), (by_index_copy, "index_copy")])
-def test_a_write_that_names_no_slots(write: Any, form: str) -> None:
-    error = refusal(lambda x, *tensors: attend(x, Layer(*tensors), write=write), INPUTS)
-    assert error.code == "CP113"
-    assert f"a KV write by {form}" in str(error) and "npu_scatter_nd_update_" in str(error)
+def test_a_write_to_the_slots_of_local_rows() -> None:
+    assert refusal(lambda x, *tensors: attend(x, Layer(*tensors), write=by_index_copy), INPUTS).code == "CP313"
 
 
 def test_rows_copied_into_a_slice_of_the_cache() -> None:
