@@ -24,7 +24,7 @@ from cppass.explain_node import op_of, refuse
 from cppass.match.kv import SAME, VIEWS
 from cppass.op_rules import factors, is_matmul, row_selection, rule_of
 from cppass.order import SlotWrite, slot_writes
-from cppass.rules import Transfer, is_tensor, shape_of, tensor_operands
+from cppass.rules import Transfer, is_random, is_tensor, shape_of, tensor_operands, writes
 from cppass.shard import Propagation, numbers_rows
 from cppass.site import AttentionSite, Rewrite
 from cppass.step import Step
@@ -146,7 +146,7 @@ class _Planner:
         for node in reversed(self.graph.nodes):
             if node.op == "output" or (node.op == "call_function" and not is_tensor(node) and not node.users):
                 self._want_full(node, tensor_operands(node))
-            elif node.op == "call_function" and _has_effect(node):
+            elif node.op == "call_function" and writes(node):
                 self.full[node] = Full.COMPUTE
                 self._want_full(node, tensor_operands(node))
             elif node.op == "call_function" and not is_tensor(node):
@@ -267,7 +267,7 @@ class _Planner:
     def _check_compute(self, node: fx.Node) -> None:
         """A node that has to run on gathered values: attention and randomness may not, anything else is reported."""
         trunk = [x for x in tensor_operands(node) if x in self.reach.trunk]
-        if _is_random(node):
+        if is_random(node):
             self.refusals.append(
                 refuse(
                     "CP203",
@@ -299,7 +299,7 @@ class _Planner:
 
     def _report(self, node: fx.Node) -> None:
         user = self.full_wanted.get(node, node)
-        expected = user.op == "output" or _has_effect(user)
+        expected = user.op == "output" or writes(user)
         if expected:
             why = "an output of the graph"
         elif rule_of(user) is None:
@@ -436,14 +436,3 @@ def _bytes(node: fx.Node) -> Size:
 
 def _can_be_sharded(node: fx.Node, state: State) -> bool:
     return isinstance(state, Tokens) and state.plain and isinstance(node.meta["val"], torch.Tensor)
-
-
-def _has_effect(node: fx.Node) -> bool:
-    """copy_ into an input, and whatever else writes in place."""
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
-
-
-def _is_random(node: fx.Node) -> bool:
-    tags = getattr(node.target, "tags", ())
-    return torch.Tag.nondeterministic_seeded in tags

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from cppass.match import matcher_of
+from cppass.rules import is_random, writes
 
 aten = torch.ops.aten
 
@@ -130,15 +131,14 @@ def merge_duplicates(graph: fx.Graph) -> None:
 
 
 def _mergeable(node: fx.Node) -> bool:
-    schema, tags = getattr(node.target, "_schema", None), getattr(node.target, "tags", ())
-    return not (schema is None or schema.is_mutable or torch.Tag.nondeterministic_seeded in tags)
+    return getattr(node.target, "_schema", None) is not None and not (writes(node) or is_random(node))
 
 
 def _escaping(graph: fx.Graph) -> set[fx.Node]:
     """Values that are an output or written to, and values that such a one may be a view of."""
     escaping: set[fx.Node] = set()
     for node in reversed(graph.nodes):
-        if node.op == "output" or _writes(node) or (node in escaping and _may_be_view(node)):
+        if node.op == "output" or writes(node) or (node in escaping and _may_be_view(node)):
             escaping.update(node.all_input_nodes)
     return escaping
 
@@ -146,11 +146,6 @@ def _escaping(graph: fx.Graph) -> set[fx.Node]:
 def _may_be_view(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     return schema is None or node.target in MAYBE_VIEWS or any(r.alias_info is not None for r in schema.returns)
-
-
-def _writes(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
 
 
 def _frozen(value: Any) -> Hashable:

@@ -41,7 +41,7 @@ def rewrite(graph: fx.Graph, plan: CPPlan) -> fx.Graph:
     differ; gathers and shards move bits unchanged.
     """
     rewritten = _Rewriter(graph, plan).build()
-    rewritten.eliminate_dead_code(lambda node: bool(node.users) or node.is_impure())
+    rewritten.eliminate_dead_code()
     rewritten.lint()
     return rewritten
 

@@ -66,6 +66,25 @@ def name_of(node: fx.Node) -> str:
     return getattr(node.target, "_name", "") if node.op == "call_function" else ""
 
 
+def writes(node: fx.Node) -> bool:
+    """copy_ into an input, and whatever else writes in place."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def is_random(node: fx.Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def starts_collective(node: fx.Node) -> bool:
+    """A functional collective; its rows are there after its wait alone."""
+    return name_of(node).startswith("_c10d_functional::") and not waits(node)
+
+
+def waits(node: fx.Node) -> bool:
+    return name_of(node) == "_c10d_functional::wait_tensor"
+
+
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
     """An argument by position or name."""
     if len(node.args) > position:

@@ -10,12 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
 from torch import fx
 
-from cppass.rules import name_of
-
-WAIT = "_c10d_functional::wait_tensor"
+from cppass.rules import is_random, starts_collective, waits, writes
 
 
 def overlap(graph: fx.Graph) -> None:
@@ -43,21 +40,19 @@ def _parts(nodes: list[fx.Node]) -> Iterable[list[fx.Node]]:
 
 def _has_effect(node: fx.Node) -> bool:
     """It writes, draws random numbers, or is there for what it does."""
-    schema, tags = getattr(node.target, "_schema", None), getattr(node.target, "tags", ())
-    writes = schema is not None and schema.is_mutable
-    return writes or torch.Tag.nondeterministic_seeded in tags or (not node.users and node.is_impure())
+    return writes(node) or is_random(node) or (not node.users and node.is_impure())
 
 
 def _overlapped(part: list[fx.Node]) -> list[fx.Node]:
     """For each collective in turn: what it needs, first of that what does not wait for the ones before; then itself."""
     place = {node: i for i, node in enumerate(part)}
     left, order = set(part), list[fx.Node]()
-    for goal in [*([n] for n in part if _starts(n)), part]:
+    for goal in [*([n] for n in part if starts_collective(n)), part]:
         needed = sorted(_needed(goal, left), key=place.__getitem__)
         left.difference_update(needed)
         waiting: set[fx.Node] = set()
         for node in needed:
-            if _waits(node) or not waiting.isdisjoint(node.all_input_nodes):
+            if waits(node) or not waiting.isdisjoint(node.all_input_nodes):
                 waiting.add(node)
         order += [n for n in needed if n not in waiting]
         order += _waits_last([n for n in needed if n in waiting])
@@ -66,20 +61,12 @@ def _overlapped(part: list[fx.Node]) -> list[fx.Node]:
 
 def _waits_last(nodes: list[fx.Node]) -> list[fx.Node]:
     """Every wait in front of its first reader."""
-    waits = dict.fromkeys(n for n in nodes if _waits(n))
+    held = dict.fromkeys(n for n in nodes if waits(n))
     order: dict[fx.Node, None] = {}
     for node in nodes:
-        if node not in waits:
-            order |= dict.fromkeys([*(x for x in node.all_input_nodes if x in waits), node])
-    return list(order | waits)
-
-
-def _starts(node: fx.Node) -> bool:
-    return name_of(node).startswith("_c10d_functional::") and not _waits(node)
-
-
-def _waits(node: fx.Node) -> bool:
-    return name_of(node) == WAIT
+        if node not in held:
+            order |= dict.fromkeys([*(x for x in node.all_input_nodes if x in held), node])
+    return list(order | held)
 
 
 def _needed(goals: list[fx.Node], left: set[fx.Node]) -> set[fx.Node]:

@@ -20,7 +20,7 @@ from cppass.match.kv import SCATTER_PA
 from cppass.op_rules import rule_of
 from cppass.ops import CANONICAL, named_arguments
 from cppass.plan import CPPlan
-from cppass.rules import is_tensor, name_of, shape_of, tensor_operands
+from cppass.rules import is_tensor, name_of, shape_of, starts_collective, tensor_operands, waits, writes
 from cppass.shard import numbers_rows
 from cppass.site import Rewrite
 from cppass.tokens import Size, State, Tokens, divide, size_of
@@ -31,8 +31,6 @@ FUSED = (canonical.fused_attention.default, canonical.fused_attention_sharded.de
 
 GATHERED = "gathered rows"
 """Order of Full rows as an all-gather leaves them, rank after rank."""
-
-WAIT = "_c10d_functional::wait_tensor"
 
 SLOT_WRITES = {
     "npu::npu_scatter_nd_update": {1, 2},
@@ -66,10 +64,10 @@ def _coverage(graph: fx.Graph, plan: CPPlan) -> None:
 def check_waits(graph: fx.Graph) -> None:
     """A collective that was started is read by its wait alone: before it, its rows may not be there yet."""
     for node in graph.nodes:
-        if not name_of(node).startswith("_c10d_functional::") or name_of(node) == WAIT:
+        if not starts_collective(node):
             continue
         started = [user for user in node.users if user.target is operator.getitem] or [node]
-        readers = [user for value in started for user in value.users if name_of(user) != WAIT]
+        readers = [user for value in started for user in value.users if not waits(user)]
         if readers:
             raise illegal(readers[0], f"reads {node.name} before it has arrived")
 
@@ -110,7 +108,7 @@ class Typing:
         given = tuple(self.states.get(x) for x in operands)
         if not any(given):
             return None
-        if getattr(node.target, "_schema", None) is not None and node.target._schema.is_mutable:  # type: ignore[union-attr]
+        if writes(node):
             raise illegal(node, "writes a Local value into an input")
         in_order = any(isinstance(s, Tokens) and s.order == GATHERED for s in given)
         if in_order and name_of(node) in SLOT_WRITES:
