@@ -5,18 +5,22 @@ torch.compile(model, backend="npu_cp", options={"inner": "eager"})
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import fx
 
 from cppass import torch_private
 from cppass.config import CPConfig
-from cppass.errors import CPError, CPWarning, InternalError, OptionError, Unsupported, refused_error
-from cppass.guard import agree_on_inputs
+from cppass.errors import CPError, CPWarning, InternalError, OptionError, PeerError, Unsupported, refused_error
+from cppass.fingerprint import fingerprint
+from cppass.guard import agreed, agreed_once, varying_inputs
+from cppass.party import party_of
 from cppass.pipeline import rewrite_graph
 from cppass.ranks import ranks_of
 from cppass.report import LEFT_ALONE, REFUSED, REWRITTEN, Report, record
@@ -45,11 +49,13 @@ def npu_cp(
         _refuse_suppressed_errors()
         _warn_of_recompile_limit()
         ranks = ranks_of(config)
+        party_of(ranks, config.agreement_timeout)  # from here on the others can tell if this process ends
         return _through_aot(gm, example_inputs, config, ranks)
     except torch_private.RESTARTS:
         raise
     except Exception as error:
         failure = error if isinstance(error, CPError) else _internal(error)
+        _tell_the_others(failure, options)
         if torch._dynamo.config.suppress_errors:
             return _raising(failure)
         if failure is error:
@@ -83,6 +89,9 @@ def compile_graph(
     report = rewrite_graph(gm, config, ranks.cp_size, ranks.group_name, input_names)
     number = torch_private.compile_number()
     report = dataclasses.replace(report, graph=number[0] if number else "")
+    if report.status == REWRITTEN and config.agreement == "graph":
+        note = "agreement='graph': ranks compare the first step of this graph alone"
+        report = dataclasses.replace(report, notes=(*report.notes, note))
     record(report)
     if report.status == REFUSED:
         _refused(report, config)
@@ -91,14 +100,18 @@ def compile_graph(
     name, inner = target_of(gm, config)
     _check_devices(gm, name)
     target = load(name)
+    party = party_of(ranks, config.agreement_timeout) if report.takes_part else None
+    mark = fingerprint(gm.graph, report.what, config) if party else None
+    varying = varying_inputs(gm, input_names)
     if report.status == REWRITTEN:
         target.lower(gm, ranks, config)
     run = target.compile(gm, example_inputs, inner)
-    if report.status != REWRITTEN:
-        return run
-    if config.inputs == "sharded":
-        return check_steps(run, (ranks.cp_size, ranks.rank, config.remainder or "balanced"))
-    return agree_on_inputs(run, ranks) if config.check_inputs else run
+    if party and mark:
+        shared = report.status == REWRITTEN
+        run = agreed(run, party, mark, varying, config) if shared else agreed_once(run, party, mark)
+    if report.status == REWRITTEN and config.inputs == "sharded":
+        return check_steps(run, (ranks.cp_size, ranks.rank, config.remainder or "balanced"), party)
+    return run
 
 
 def _check_devices(gm: fx.GraphModule, target: str) -> None:
@@ -126,6 +139,16 @@ def _refuse_gradients(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Comp
         "gradients are needed for this graph; npu_cp compiles inference only",
         "call the compiled model under torch.no_grad() or torch.inference_mode()",
     )
+
+
+def _tell_the_others(failure: CPError, options: Mapping[str, Any] | None) -> None:
+    """A rank that cannot compile does not come to the step that the others wait in."""
+    if isinstance(failure, PeerError) or not (dist.is_available() and dist.is_initialized()):
+        return
+    with contextlib.suppress(Exception):  # the options may be what is wrong
+        party = party_of(ranks_of(CPConfig(group=(options or {}).get("group"))))
+        if party:
+            party.fail(failure)
 
 
 def _refuse_suppressed_errors() -> None:

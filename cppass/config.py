@@ -16,6 +16,7 @@ CHOICES: dict[str, tuple[str | int | None, ...]] = {
     "on_refusal": ("raise", "fallback"),
     "remainder": (None, "first", "balanced"),
     "attention_calls": (1, 2),
+    "agreement": ("step", "graph"),
     "inner": ("auto", "eager", "inductor", "npugraph_ex", "torchair"),
 }
 INNERS = {"host": ("eager", "inductor"), "npu": ("npugraph_ex", "torchair", "eager")}
@@ -53,7 +54,11 @@ class CPConfig:
             False keeps the order in which the graph was written.
         attention_calls: target npu: 2, one call a half, or 1, both halves in one call over 2 x sequences (a paged cache
             in TND, which that names twice).
-        check_inputs: compare a hash of the token ids over the ranks before each step.
+        agreement: when the ranks of a group compare what they are about to run: before every "step" of a graph with
+            collectives, or before the first one of a "graph" alone (docs/agreement.md says what that gives up).
+        agreement_timeout: seconds a rank waits there for the others. None: as long as a collective of the group would,
+            300 at most.
+        check_inputs: compare a hash of the token ids there, too.
         mode: torch.compile's mode; accepted and recorded, it changes nothing.
     """
 
@@ -71,6 +76,8 @@ class CPConfig:
     hardware: Any = None
     overlap: bool = True
     attention_calls: int = 2
+    agreement: str = "step"
+    agreement_timeout: float | None = None
     check_inputs: bool = False
     mode: str | None = None
 
@@ -89,6 +96,9 @@ class CPConfig:
                 raise _bad("hardware", self.hardware, "for min_tokens='auto' alone")
         elif not (self.hardware is None or isinstance(self.hardware, Hardware) or self.hardware in HARDWARE):
             raise _bad("hardware", self.hardware, f"a cppass.cost.Hardware, or one of {', '.join(HARDWARE)}")
+        _check_seconds("agreement_timeout", self.agreement_timeout)
+        if self.check_inputs and self.agreement != "step":
+            raise _bad("agreement", self.agreement, "'step' with check_inputs=True: ids are compared before every step")
         if self.rank is not None and self.cp_size is not None and self.rank >= self.cp_size:
             raise _bad("rank", self.rank, f"an int below cp_size={self.cp_size}")
         if self.mode is not None and not isinstance(self.mode, str):
@@ -171,6 +181,12 @@ def _check_int(name: str, value: object, least: int, optional: bool = False) -> 
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise _bad(name, value, f"an int of {least} or more" + (", or None" if optional else ""))
+
+
+def _check_seconds(name: str, value: object) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value is not None and not (number and 0 < value < float("inf")):  # type: ignore[operator]
+        raise _bad(name, value, "a number of seconds above 0, or None")
 
 
 def _is_group(value: object) -> bool:

@@ -44,6 +44,10 @@ class StepError(CPError, ValueError):
     """What a model runner says of a step does not fit together (CP61x)."""
 
 
+class PeerError(CPError):
+    """The ranks of a group do not agree, or one of them failed or is missing (CP60x). Raised on every rank that can."""
+
+
 class Unsupported(CPError, NotImplementedError):
     """A named feature that cppass does not rewrite (yet). Nothing was rewritten."""
 

@@ -1,51 +1,140 @@
-"""Run-time check of a step: are all ranks handed the same token ids?"""
+"""Around a compiled graph: the ranks agree before it runs, and an error in it reaches all of them.
+
+before   every rank: here I am, at my step 7, with this graph, these sizes [, this hash of the token ids]
+run      collectives
+error    every rank: I failed at step 7, because ...
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch import fx
 
-from cppass.checked import checked_first
-from cppass.errors import CPError
-from cppass.target import Ranks
-from cppass.torch_private import resolve_group
+from cppass.config import CPConfig
+from cppass.errors import PeerError
+from cppass.fingerprint import Fingerprint, first_difference
+from cppass.party import Party, Said
 
-PRIME = 1_000_003
+MIXER = 0x1E3779B97F4A7C15  # odd; spreads positions over 64 bits, which wrap
 
 
-def agree_on_inputs(run: Callable[..., Any], ranks: Ranks) -> Callable[..., Any]:
-    """`run` with a check before it: a hash of every integer input is compared over the group.
+def agreed(
+    run: Callable[..., Any], party: Party, mark: Fingerprint, varying: Mapping[int, str], config: CPConfig
+) -> Callable[..., Any]:
+    """`run`, a graph with collectives, with an agreement before each call (with agreement="graph": the first one).
 
-    Costs one all-gather of 8 bytes and a sum over the integer inputs per step.
+    Args:
+        varying: inputs whose sizes are compared, as `varying_inputs` finds them.
 
     Raises:
-        CPError: CP601, on every rank, naming the ranks that differ.
+        PeerError: on every rank. CP601 token ids differ, CP603 graphs, versions or options differ, CP604 sizes differ,
+            CP605 a rank failed, CP606 a rank is missing, CP607 the group is gone, CP608 a collective failed.
     """
+    met = False
 
-    return checked_first(run, lambda inputs: _compare(_hash(inputs), ranks))
+    def call(*args: Any) -> Any:
+        nonlocal met
+        party.check_group()
+        if not met or config.agreement == "step":
+            inputs = args[0] if len(args) == 1 and isinstance(args[0], list) else args
+            compare(party, mark, _sizes(inputs, varying), _hash(inputs) if config.check_inputs else "")
+        met = True
+        try:
+            return run(*args)
+        except Exception as error:
+            raised = party.break_off(error)
+            if raised is error:
+                raise
+            raise raised from error
+
+    call._boxed_call = getattr(run, "_boxed_call", False)  # type: ignore[attr-defined]
+    return call
 
 
-def _hash(inputs: Sequence[Any]) -> int:
-    value = 0
-    for x in inputs:
-        if isinstance(x, torch.Tensor) and not x.is_floating_point() and x.dtype != torch.bool and x.numel():
-            weights = torch.arange(1, x.numel() + 1, dtype=torch.int64, device=x.device)
-            value = (value * PRIME + int((x.reshape(-1).to(torch.int64) * weights).sum())) % 2**62
-    return value
+def agreed_once(run: Callable[..., Any], party: Party, mark: Fingerprint) -> Callable[..., Any]:
+    """`run`, a graph that was left alone, with an agreement before its first call: was it left alone everywhere?"""
+    met = False
+
+    def call(*args: Any) -> Any:
+        nonlocal met
+        if not met:
+            party.check_group()
+            compare(party, mark)
+        met = True
+        return run(*args)
+
+    call._boxed_call = getattr(run, "_boxed_call", False)  # type: ignore[attr-defined]
+    return call
 
 
-def _compare(value: int, ranks: Ranks) -> None:
-    mine = torch.tensor([value], dtype=torch.int64)
-    theirs = [torch.empty_like(mine) for _ in range(ranks.cp_size)]
-    dist.all_gather(theirs, mine, group=resolve_group(ranks.group_name))
-    values = [int(t) for t in theirs]
-    if len(set(values)) > 1:
-        odd = [r for r, v in enumerate(values) if v != values[0]]
-        raise CPError(
+def compare(party: Party, mark: Fingerprint, sizes: Mapping[str, Any] | None = None, ids: str = "") -> None:
+    """One step of agreement. Raises PeerError (see `agreed`), the same on every rank."""
+    said = party.exchange({"graph": mark.digest, "sizes": sizes or {}, "ids": ids})
+    odd = _odd(said, "graph")
+    if odd:
+        details = party.details(mark.to_dict())
+        raise PeerError(
+            "CP603",
+            "ranks do not run the same graph: "
+            + first_difference(details[0], details[odd[0]], ("rank 0", f"rank {odd[0]}")),
+            "run the same code, versions and options on every rank, and hand each the same inputs",
+        )
+    odd = _odd(said, "sizes")
+    if odd:
+        raise PeerError(
+            "CP604",
+            f"ranks are handed inputs of different sizes: {_difference(said, odd[0])}",
+            "hand every rank the same inputs: broadcast them from rank 0",
+        )
+    odd = _odd(said, "ids")
+    if odd:
+        raise PeerError(
             "CP601",
             f"ranks {odd} were handed other token ids or positions than rank 0",
             "hand every rank the same inputs: broadcast them from rank 0, and seed samplers alike",
         )
+
+
+def _odd(said: Sequence[Said], field: str) -> list[int]:
+    return [rank for rank, words in enumerate(said) if words[field] != said[0][field]]
+
+
+def _difference(said: Sequence[Said], rank: int) -> str:
+    here, there = said[0]["sizes"], said[rank]["sizes"]
+    name = next(n for n in here if here[n] != there[n])
+    return f"{name} is {here[name]} on rank 0, {there[name]} on rank {rank}"
+
+
+def varying_inputs(gm: fx.GraphModule, names: Mapping[str, str] | None = None) -> dict[int, str]:
+    """{position: name} of inputs whose sizes the graph does not fix, and of numbers; Dynamo's guards hold the others.
+
+    Args:
+        names: what the model calls the inputs, by placeholder.
+    """
+    found = {}
+    for position, node in enumerate(gm.graph.find_nodes(op="placeholder")):
+        value = node.meta.get("val")
+        sizes = value.shape if isinstance(value, torch.Tensor) else (value,)
+        if any(isinstance(size, torch.SymInt) for size in sizes):
+            kind = "the size of" if isinstance(value, torch.Tensor) else "the number"
+            found[position] = f"{kind} {(names or {}).get(node.name) or node.target}"
+    return found
+
+
+def _sizes(inputs: Sequence[Any], varying: Mapping[int, str]) -> dict[str, Any]:
+    sizes = {name: inputs[position] for position, name in varying.items()}
+    return {name: list(x.shape) if isinstance(x, torch.Tensor) else x for name, x in sizes.items()}
+
+
+def _hash(inputs: Sequence[Any]) -> str:
+    """Of every integer tensor among the inputs: token ids, positions, masks. Reads one number a tensor."""
+    found = []
+    for x in inputs:
+        if isinstance(x, torch.Tensor) and not x.is_floating_point() and not x.is_complex():
+            weights = torch.arange(1, x.numel() + 1, dtype=torch.int64, device=x.device) * MIXER
+            weights ^= weights >> 31
+            found.append(f"{list(x.shape)} {int(((x.reshape(-1).to(torch.int64) + 1) * weights).sum())}")
+    return "; ".join(found)

@@ -19,6 +19,9 @@ from torch import fx
 from cppass import __version__
 from cppass.config import CPConfig
 from cppass.errors import CPError, OptionError, refused_error
+from cppass.fingerprint import fingerprint
+from cppass.guard import compare
+from cppass.party import party_of
 from cppass.pipeline import rewrite_graph
 from cppass.ranks import ranks_without_group
 from cppass.report import REFUSED, REWRITTEN, record
@@ -33,6 +36,7 @@ def npu_pass(config: CPConfig | None = None, **options: Any) -> Hook:
     Args:
         config: options, or give them as keywords. The process group must exist, or `cp_size` (and `rank`) be given.
 
+    The ranks compare what they compile, in the hook; nothing runs before a step (backend "npu_cp" has that).
     A graph that the pass leaves alone (too short a step, no attention) stays as it is. The hook cannot add inputs to a
     graph, so under ACL graph it takes known lengths alone; the backend "npu_cp" takes both.
 
@@ -57,8 +61,14 @@ def npu_pass(config: CPConfig | None = None, **options: Any) -> Hook:
 def _run(config: CPConfig, ranks: Ranks, gm: fx.GraphModule, compiler_config: Any, identity: str) -> None:
     report = rewrite_graph(gm, config, ranks.cp_size, ranks.group_name)
     record(report)
+    party = party_of(ranks, config.agreement_timeout) if report.takes_part else None
     if report.status == REFUSED and config.on_refusal == "raise":
-        raise refused_error(report.refusals)
+        refused = refused_error(report.refusals)
+        if party:
+            party.fail(refused)
+        raise refused
+    if party:
+        compare(party, fingerprint(gm.graph, report.what, config))
     if report.status == REWRITTEN:
         target = load("npu")
         target.lower(gm, ranks, config)

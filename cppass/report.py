@@ -81,6 +81,17 @@ class Report:
         sizes = [g.received_bytes for g in self.gathers]
         return None if None in sizes else sum(s for s in sizes if s is not None)
 
+    @property
+    def what(self) -> str:
+        """Status, length and reason in one line, the same on every rank of a group that does the same."""
+        tokens = "" if self.tokens is None else f", {self.tokens}" + (" tokens" if self.sites else "")
+        return f"{self.status}{tokens}" + (f" ({self.reason})" if self.reason else "")
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether the ranks of the group have to agree on this graph: a prefill, and be it left alone."""
+        return self.status == REWRITTEN or (bool(self.sites or self.refusals) and self.cp_size > 1 and self.tokens != 1)
+
     def __str__(self) -> str:
         head = f"graph {self.graph}: " if self.graph else ""
         lines = [f"{head}{self.status}" + (f": {self.reason}" if self.reason else "")]

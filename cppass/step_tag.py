@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cppass.checked import checked_first
 from cppass.errors import StepError
+from cppass.party import Party
 
 ATTRIBUTE = "_cppass_step"
 
@@ -36,14 +37,24 @@ class StepTag:
         return x
 
 
-def check_steps(run: Callable[..., Any], layout: tuple[int, int, str]) -> Callable[..., Any]:
-    """`run` with a check of its tensors before it: attribute reads alone.
+def check_steps(
+    run: Callable[..., Any], layout: tuple[int, int, str], party: Party | None = None
+) -> Callable[..., Any]:
+    """`run` with a check of its tensors before it: attribute reads alone. The other ranks hear of a failure.
 
     Raises:
         StepError: CP616, they were planned for other ranks or another remainder policy, or in two different steps.
     """
 
-    return checked_first(run, lambda inputs: _check(inputs, layout))
+    def check(inputs: Iterable[Any]) -> None:
+        try:
+            _check(inputs, layout)
+        except StepError as error:
+            if party:
+                party.fail(error)
+            raise
+
+    return checked_first(run, check)
 
 
 def _check(inputs: Iterable[Any], layout: tuple[int, int, str]) -> None:

@@ -18,6 +18,8 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 
+from cppass.errors import CPError
+
 RESTARTS = (RestartAnalysis, SkipFrame)  # Dynamo's own control flow; not failures
 
 
@@ -70,6 +72,36 @@ def resolve_group(name: str) -> Any:
         RuntimeError, ValueError: there is none.
     """
     return torch.distributed.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined,arg-type]
+
+
+def store_of_group(name: str) -> Any:
+    """The store by which the ranks of this process group found each other; None for a group that only pretends to be.
+
+    Raises:
+        RuntimeError, ValueError: there is no such group.
+        CPError: CP504, torch keeps its stores elsewhere.
+    """
+    group = resolve_group(name)
+    try:
+        backend, store = torch.distributed.distributed_c10d._world.pg_map[group]
+    except (AttributeError, KeyError, TypeError) as error:
+        why = f"torch {torch.__version__} does not tell the store of a process group: {error!r}"
+        raise CPError("CP504", why, "install torch 2.13") from error
+    return None if backend == "fake" else store
+
+
+def prefixed(store: Any, prefix: str) -> Any:
+    """The store with a prefix before every key; a public class that torch's own stubs do not export."""
+    return torch.distributed.PrefixStore(prefix, store)  # type: ignore[attr-defined]
+
+
+def timeout_of_group(name: str) -> float:
+    """Seconds that collectives of this process group wait for a rank; infinite where torch does not tell."""
+    try:
+        group = resolve_group(name)
+        return min(group._get_backend(device).options._timeout.total_seconds() for device in group._device_types)  # type: ignore[no-any-return]
+    except (AttributeError, RuntimeError, ValueError):
+        return float("inf")
 
 
 def ranks_of_group(name: str) -> frozenset[int] | None:

@@ -54,6 +54,7 @@ SECTIONS = {
     "prefill": Section("prefills", models=True),
     "memory": Section("activations", models=True),
     "options": Section("variants", models=True),
+    "agreement": Section("agreements"),
 }
 
 

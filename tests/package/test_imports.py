@@ -9,12 +9,11 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LAYERS = [  # a module imports from its own row and the rows above it
-    {"environment", "errors", "checked", "collector"},
+    {"environment", "errors", "checked", "collector", "process"},
     {"cost"},
     {"config", "torch_private"},
     {
         "layout",
-        "step_tag",
         "tokens",
         "explain_node",
         "arithmetic",
@@ -24,6 +23,8 @@ LAYERS = [  # a module imports from its own row and the rows above it
         "sharded_ops",
     },
     {"ops", "rules", "target"},
+    {"party", "fingerprint"},
+    {"guard", "step_tag"},
     {"shapes"},
     {"emitter", "schedule"},
     {"site", "npu_rules"},
@@ -33,7 +34,6 @@ LAYERS = [  # a module imports from its own row and the rows above it
         "match",
         "prepare",
         "capture",
-        "guard",
         "ranks",
         "sharded_inputs",
         "builder",
