@@ -1,4 +1,7 @@
-"""Section `prefill`: time to first token, as `cppass run` measures it, on two ranks against one device."""
+"""Section `prefill`: time to first token, as `cppass run` measures it, on two ranks against one device.
+
+Beside it what the cost model says of this host, calibrated anew in every round: predicted against measured.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,15 @@ from typing import Any
 
 from cppass.bench.ratio import Ratio
 from cppass.bench.table import Bars, Table
+from cppass.cost import MODELS, ModelShape
+from cppass.cost.host import calibrate
+from cppass.cost.predict import ttft
 from cppass.demo import run as runs
 from cppass.demo.display import Display
 from cppass.demo.job import Job
 from cppass.demo.outcome import Outcome
+from cppass.demo.presets import PRESETS
+from cppass.errors import CPError
 from cppass.report import REWRITTEN
 
 LENGTHS, ROUNDS = (1024, 2048, 4096, 8192), 3
@@ -28,6 +36,7 @@ class Prefill:
         one, ranks, threads: seconds of one device, of the ranks (the slowest), of one process with as many threads.
         equal: every rank gave what one device gave, in every round.
         rewritten: the pass rewrote the graph, in every round.
+        predicted_one, predicted_ranks: seconds that the cost model says.
     """
 
     tokens: int
@@ -37,6 +46,8 @@ class Prefill:
     threads: tuple[float, ...]
     equal: bool
     rewritten: bool = True
+    predicted_one: tuple[float, ...] = ()
+    predicted_ranks: tuple[float, ...] = ()
 
     @property
     def speedup(self) -> Ratio:
@@ -63,6 +74,8 @@ class PrefillResult:
                 "speed-up",
                 "of ideal",
                 f"{p} threads",
+                "predicted, 1 thread",
+                f"predicted, {p} ranks",
                 "equal",
             ),
             tuple(
@@ -73,6 +86,8 @@ class PrefillResult:
                     one.speedup.text(),
                     f"{100 * one.speedup.median / one.cp_size:.0f}%",
                     one.threads_speedup.text(),
+                    _against(one.predicted_one, one.one),
+                    _against(one.predicted_ranks, one.ranks),
                     ("yes" if one.equal else "NO") + ("" if one.rewritten else ", not rewritten"),
                 )
                 for one in self.prefills
@@ -84,6 +99,8 @@ class PrefillResult:
                 f"device, the median of the rounds (least..most); ideal is {p}x. Equal: every rank has one device's "
                 "tokens, logits and caches, to rounding.",
                 f"{p} threads: what the same cores do for one process, without context parallelism; over one thread.",
+                "Predicted: seconds by cppass.cost with this host's figures, measured before each round (error against "
+                "what was measured).",
             ),
         )
 
@@ -107,20 +124,51 @@ class PrefillResult:
 
 def measure(quick: bool, display: Display) -> PrefillResult:
     if quick:
-        return measure_lengths(QUICK_JOB, QUICK_LENGTHS, QUICK_ROUNDS, display)
-    return measure_lengths(JOB, LENGTHS, ROUNDS, display)
+        return checked(measure_lengths(QUICK_JOB, QUICK_LENGTHS, QUICK_ROUNDS, display))
+    return checked(measure_lengths(JOB, LENGTHS, ROUNDS, display))
+
+
+def checked(result: PrefillResult) -> PrefillResult:
+    """The result, if it is of right numbers: how fast wrong ones are is no answer.
+
+    Raises:
+        CPError: CP655, ranks gave other tokens, logits or caches than one device.
+    """
+    wrong = [one.tokens for one in result.prefills if not one.equal]
+    if wrong:
+        raise CPError("CP655", f"ranks gave other results than one device at {wrong} tokens", "please report this")
+    return result
 
 
 def measure_lengths(job: Job, lengths: tuple[int, ...], rounds: int, display: Display) -> PrefillResult:
     """Run the job at every length in every round."""
     outcomes: dict[int, list[Outcome]] = {tokens: [] for tokens in lengths}
+    predicted: dict[int, list[tuple[float, float]]] = {tokens: [] for tokens in lengths}
+    shape = _shape(job)
     for _ in range(rounds):
+        host = calibrate()
         for tokens, found in outcomes.items():
+            predicted[tokens].append((ttft(shape, host, tokens), ttft(shape, host, tokens, job.ranks)))
             found.append(runs.run(dataclasses.replace(job, tokens=tokens), display))
-    return PrefillResult(tuple(_prefill(tokens, found) for tokens, found in outcomes.items()), job)
+    return PrefillResult(tuple(_prefill(tokens, found, predicted[tokens]) for tokens, found in outcomes.items()), job)
 
 
-def _prefill(tokens: int, outcomes: list[Outcome]) -> Prefill:
+def _shape(job: Job) -> ModelShape:
+    """The model of the job, as the cost model knows it: float32."""
+    built = PRESETS[job.preset].sized(job.layers, job.vocab)
+    sizes = {"layers": built.layers, "vocab": built.vocab, "weight_bytes": 4, "activation_bytes": 4}
+    return dataclasses.replace(MODELS[job.preset], **sizes)  # type: ignore[arg-type]
+
+
+def _against(predicted: tuple[float, ...], measured: tuple[float, ...]) -> str:
+    """ "4.17 s (-9%)"; "" without a prediction."""
+    if not predicted:
+        return ""
+    said, seen = statistics.median(predicted), statistics.median(measured)
+    return f"{said:.3g} s ({100 * (said / seen - 1):+.0f}%)"
+
+
+def _prefill(tokens: int, outcomes: list[Outcome], predicted: list[tuple[float, float]]) -> Prefill:
     threads = [outcome.threads_time for outcome in outcomes]
     return Prefill(
         tokens,
@@ -130,4 +178,6 @@ def _prefill(tokens: int, outcomes: list[Outcome]) -> Prefill:
         tuple(t.median for t in threads if t),
         all(o.passed for o in outcomes),
         all(o.rewriting.status == REWRITTEN for o in outcomes),
+        tuple(one for one, _ in predicted),
+        tuple(ranks for _, ranks in predicted),
     )

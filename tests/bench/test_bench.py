@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -16,12 +17,12 @@ from cppass import cli
 from cppass.bench import attention, compile_time, record
 from cppass.bench.layouts import LayoutResult, contiguous_share, measure, uneven_batches, zigzag_share
 from cppass.bench.machine import Machine, command_line
-from cppass.bench.prefills import JOB, Prefill, PrefillResult
+from cppass.bench.prefills import JOB, Prefill, PrefillResult, checked
 from cppass.bench.ratio import Ratio, in_turns
 from cppass.bench.sections import SECTIONS, chosen
 from cppass.bench.table import Bars, Table
 from cppass.demo.display import Silent
-from cppass.errors import OptionError
+from cppass.errors import CPError, OptionError
 
 MACHINE = Machine("A CPU", 2, "2.13.0", "0123456789ab")
 
@@ -118,6 +119,11 @@ def test_prefill_says_where_ranks_differ_or_nothing_was_rewritten() -> None:
     result = PrefillResult(tuple(found), JOB)
     assert [row[3:5] for row in result.table().rows] == [("2.00x (2.00..2.00)", "100%")] * 2
     assert [row[-1] for row in result.table().rows] == ["yes", "NO, not rewritten"]
+    with pytest.raises(CPError, match=r"CP655.*\[64\] tokens"):
+        checked(result)
+    assert checked(PrefillResult((found[0],), JOB)).prefills == (found[0],)
+    predicted = dataclasses.replace(found[0], predicted_one=(1.8,), predicted_ranks=(1.1,))
+    assert PrefillResult((predicted,), JOB).table().rows[0][6:8] == ("1.8 s (-10%)", "1.1 s (+10%)")
     assert result.bars().ideal == ("ideal", (2.0, 2.0))
 
 
