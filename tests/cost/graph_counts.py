@@ -26,6 +26,8 @@ class Counted:
     attention_flops: tuple[int, ...]  # of every rank
     received: tuple[int, ...]  # of every collective
     parameters: int
+    gathered: tuple[int, ...]  # bytes of K and V of a site as the all-gather leaves them
+    cached: int  # bytes of all keys and values that attention reads
 
 
 class _Enough(Exception):
@@ -67,7 +69,16 @@ def counted(family: str, tokens: int, cp_size: int, prefix: int) -> Counted:
         tuple(per_pair * layout.attention_pairs(rank, (prefix,)) for rank in range(cp_size)),
         tuple(g.received_bytes or 0 for g in report.gathers),
         sum(p.numel() for p in net.parameters()),
+        tuple(sum(bytes_of(part) for part in n.users) for n in gm.graph.nodes if str(n.target) == GATHER),
+        sum(bytes_of(n.args[i]) for n in sites for i in (1, 2)),  # type: ignore[arg-type]
     )
+
+
+GATHER = "cppass.gather.default"
+
+
+def bytes_of(node: fx.Node) -> int:
+    return int(node.meta["val"].nbytes)
 
 
 def matmul_flops(node: fx.Node) -> int:

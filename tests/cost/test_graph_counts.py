@@ -29,6 +29,8 @@ def test_closed_forms_equal_the_graph(family: str, cp_size: int, prefix: int) ->
     assert sum(graph.received) == of(total_received("cp"))
     assert len(graph.received) == shape.layers * of(CP["collectives"]) + 1
     assert graph.parameters * shape.weight_bytes == of(CP["weights"])
+    assert graph.gathered == (of(CP["buffers"]),) * shape.layers
+    assert graph.cached == of(CP["cache"])
 
 
 def test_uneven_tokens_differ_by_padding_alone() -> None:

@@ -8,7 +8,7 @@ import pytest
 from faults.disagreements import CASES, THEN, a_group_that_was_rebuilt, run_cases
 from faults.ranks import run_ranks
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 
 SAME = {  # the same words on both ranks
     "option_min_tokens": "[CP603] ranks do not run the same graph: option min_tokens: 0 on rank 0, 100 on rank 1",

@@ -11,7 +11,7 @@ from faults.disagreements import CASES
 from faults.losses import LOSSES, store_holder_dies
 from faults.ranks import run_ranks
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 SHORT = {"killed_before_compiling": 5, "raises_and_ends": 5, "hangs_in_the_middle": 6}  # timeouts of the group
 KILLED = (signal.SIGKILL.name, 0.0)
 

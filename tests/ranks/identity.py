@@ -88,10 +88,10 @@ def other_options() -> list[str]:
 
 
 def leak() -> dict[str, int]:
-    """What is left of ten compilations."""
+    """What is left of five compilations."""
     alive: list[weakref.ref[Any]] = []
     keys = []
-    for _ in range(10):
+    for _ in range(5):
         torch.compiler.reset()
         served = Served()
         served.step(8)

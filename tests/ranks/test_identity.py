@@ -8,7 +8,7 @@ import pytest
 from faults.ranks import run_ranks
 from ranks.identity import run
 
-pytestmark = pytest.mark.timeout(200)
+pytestmark = pytest.mark.timeout(300)
 EQUAL = ["two groups", "another world size", "after a reset", "threads", "recompiles"]
 
 

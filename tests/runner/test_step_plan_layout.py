@@ -325,6 +325,26 @@ def test_work_of_33_tokens_on_8_ranks(remainder: Any) -> None:
     assert float(imbalance(Zigzag((33,), 8, remainder=remainder), (0,))) == pytest.approx(1.01248, abs=1e-5)
 
 
+def test_one_sequence_cannot_be_shared_better_with_equal_rows() -> None:
+    """1,000 tokens on 8 ranks leave 8 rows over: no choice of blocks that gives each rank one of them does better."""
+    length, cp_size = 1000, 8
+    n = 2 * cp_size
+    best = min(
+        max(work_of_blocks([length // n + (block in longer) for block in range(n)]))
+        for longer in map(set, itertools.product(*((r, n - 1 - r) for r in range(cp_size))))
+    )
+    layout = Zigzag((length,), cp_size, remainder="balanced")
+    assert max(layout.attention_pairs(rank, (0,)) for rank in range(cp_size)) == best
+    assert float(imbalance(layout, (0,))) == pytest.approx(1.00699, abs=1e-5)
+
+
+def work_of_blocks(rows: list[int]) -> list[int]:
+    """(query, key) pairs of every rank, counted block by block."""
+    ends = list(itertools.accumulate(rows))
+    pairs = [count * end - count * (count - 1) // 2 for count, end in zip(rows, ends, strict=True)]
+    return [pairs[rank] + pairs[len(rows) - 1 - rank] for rank in range(len(rows) // 2)]
+
+
 MIXED = (133, 139, 68, 141, 8, 189, 149, 110, 146, 72, 32)
 
 
