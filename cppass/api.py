@@ -73,7 +73,8 @@ def explain(
 ) -> Explanation:
     """What the pass would do to a model, without a process group: print it, or see docs/explain.md.
 
-    Runs `model(*args, **kwargs)` once on this process, unsharded, so caches that are passed in are written.
+    Runs `model(*args, **kwargs)` once on this process, unsharded, so caches that are passed in are written. With
+    inputs="sharded" a graph returns zeros instead: rows of one rank cannot run alone.
 
     Args:
         model: a module or function, as one would give it to torch.compile.
@@ -120,7 +121,7 @@ def explain_call(
             report = dataclasses.replace(stages.report, graph=number[0] if number else "")
             stages = dataclasses.replace(stages, report=report)
             found.append(Seen(stages, device or hardware_of(aot_gm, config), inputs))
-            return aot_gm.forward
+            return aot_gm.forward if config.inputs == "replicated" else _blank(aot_gm)
 
         return aot_autograd(fw_compiler=look, keep_inference_input_mutations=True)(gm, example_inputs)
 
@@ -144,6 +145,17 @@ def _hardware(given: str | Hardware | None) -> Hardware | None:
     if isinstance(given, str) and given not in HARDWARE:
         raise OptionError("CP003", f"hardware {given!r} is not known", f"choose one of {', '.join(HARDWARE)}")
     return HARDWARE[given] if isinstance(given, str) else given
+
+
+def _blank(gm: fx.GraphModule) -> Callable[..., Any]:
+    """What returns zeros in place of running a graph of local rows: slots of all ranks do not fit the rows of one."""
+    (outputs,) = next(node.args for node in gm.graph.nodes if node.op == "output")
+    values = [x.meta.get("val") if isinstance(x, fx.Node) else x for x in outputs]  # type: ignore[union-attr]
+
+    def run(*args: Any) -> list[Any]:
+        return [torch_private.zeros_like(v) if isinstance(v, torch.Tensor) else v for v in values]
+
+    return run
 
 
 def _title(model: Callable[..., Any]) -> str:

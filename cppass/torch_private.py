@@ -91,6 +91,12 @@ def hinted(x: torch.Tensor) -> tuple[int, ...]:
     return tuple(int(s.node.hint) if isinstance(s, torch.SymInt) else s for s in x.shape)
 
 
+def zeros_like(x: torch.Tensor) -> torch.Tensor:
+    """A real tensor of the sizes that a fake one has in the call that is compiled."""
+    with unset_fake_temporarily():
+        return torch.zeros(hinted(x), dtype=x.dtype, device=x.device)
+
+
 def hints_of(graph: fx.Graph) -> dict[sympy.Symbol, int]:
     """The value of every symbol of a graph in the call that is compiled; installs no guard."""
     hints: dict[sympy.Symbol, int] = {}

@@ -54,8 +54,8 @@ def _graph(view: GraphView) -> dict[str, Any]:
         ],
         "refusals": [{**dataclasses.asdict(r), "meaning": meaning(r)} for r in report.refusals],
         "notes": list(report.notes),
-        "layout": dataclasses.asdict(view.layout) if view.layout else None,
-        "cost": dataclasses.asdict(view.cost) if view.cost else None,
+        "layout": _plain(dataclasses.asdict(view.layout)) if view.layout else None,
+        "cost": _plain(dataclasses.asdict(view.cost)) if view.cost else None,
         "modules": _module(view.modules),
         "before": [_node(node) for node in view.nodes],
         "after": [_node(node) for node in view.after] if view.after else None,
@@ -75,6 +75,13 @@ def _module(module: ModuleView) -> dict[str, Any]:
 
 
 def _node(node: NodeView) -> dict[str, Any]:
-    found = dataclasses.asdict(node)
+    found: dict[str, Any] = _plain(dataclasses.asdict(node))
     found["state"] = {"kind": node.state.kind, "dim": node.state.dim, "text": node.state.text}
     return found
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, all the way down."""
+    if isinstance(value, dict):
+        return {name: _plain(v) for name, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -84,7 +84,7 @@ def _environment() -> Any:
         lstrip_blocks=True,
     )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
-    for shown in (units.octets, units.seconds, units.flops, units.plural, units.folded):
+    for shown in (units.octets, units.seconds, units.flops, units.plural, units.folded, units.place):
         environment.filters[shown.__name__] = shown
     return environment
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from cppass.inspection.pairs import rows_of
 from cppass.inspection.states import KINDS
+from cppass.inspection.units import place
 from cppass.inspection.views import Explanation, GraphView, ModuleView, NodeView
 
 
@@ -55,7 +56,7 @@ def _nodes(nodes: Sequence[NodeView], table: _Table) -> list[list[Any]]:
             table(n.state.kind),
             table(n.state.text),
             table(n.module),
-            table(n.where),
+            table(place(n.where)),
             table(n.role),
             [places[name] for name in n.inputs],
         ]

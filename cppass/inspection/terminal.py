@@ -28,7 +28,7 @@ def show(explanation: Explanation, console: Console, graphs: bool = False) -> No
         if line.style == "head":
             console.print()
         text = Text(line.text, style=STYLES[line.style])
-        console.print(Padding(text, (0, 0, 0, 2 * line.indent)), soft_wrap=False)
+        console.print(Padding(text, (0, 0, 0, 2 * line.indent), expand=False))
     if graphs:
         console.print(Rule(style="dim"))
         console.print(graphs_as_text(explanation.graph_view), markup=False, highlight=False, soft_wrap=True, end="")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from cppass.inspection import summary
 from cppass.inspection.advice import FALLBACK, FALLBACK_EFFECT, falls_back, meaning
 from cppass.inspection.modules import repeated
-from cppass.inspection.units import flops, folded, octets, plural, seconds
+from cppass.inspection.units import flops, folded, octets, place, plural, seconds
 from cppass.inspection.views import CostView, Explanation, GraphView, LayoutView, ModuleView, NodeView
 from cppass.report import LEFT_ALONE, REFUSED, REWRITTEN
 
@@ -65,7 +65,7 @@ def _refusals(view: GraphView) -> Iterator[Line]:
         module = f" of {first.module}" if first.module else ""
         yield Line(f"at       node {first.node} ({first.op}){module}{more}", indent=2)
         if first.where:
-            yield Line(f"from     {first.where}", "code", 2)
+            yield Line(f"from     {place(first.where)}", "code", 2)
         if first.hint:
             yield Line(f"way out  {first.hint}", "way out", 2)
     if any(falls_back(r) for r in view.report.refusals):
@@ -83,7 +83,7 @@ def _sites(view: GraphView) -> Iterator[Line]:
         if where:
             yield Line(f"in    {where}", "dim", 2)
         if site.where:
-            yield Line(f"from  {site.where}", "code", 2)
+            yield Line(f"from  {place(site.where)}", "code", 2)
 
 
 def _gathers(view: GraphView) -> Iterator[Line]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 def octets(number: float | None) -> str:
     """Bytes: "512 B", "67.1 MB", "452 GB"; "symbolic" for None."""
@@ -37,4 +39,11 @@ def plural(count: int, noun: str) -> str:
 
 def folded(paths: tuple[str, ...]) -> str:
     """Paths of equal siblings in one: "model.layers.1 .. 27"."""
-    return paths[0] if len(paths) < 2 else f"{paths[0]} .. {paths[-1].rpartition('.')[2]}"
+    if len(paths) < 2:
+        return "".join(paths)
+    return f"{paths[0]} .. {paths[-1].rpartition('.')[2]}"
+
+
+def place(where: str) -> str:
+    """Where a node comes from, without the way to installed packages: "transformers/models/qwen3/modeling_qwen3.py:72"."""
+    return re.sub(r"^\S*/(?:site|dist)-packages/", "", where)

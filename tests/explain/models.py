@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+
+import cppass
+from cppass.errors import Refusal
+from cppass.inspection.modules import tree_of
+from cppass.report import REFUSED
 
 B, S, H, D = 1, 16, 2, 8
 F = H * D
@@ -62,8 +68,10 @@ def ids(tokens: int = S) -> Tensor:
     return torch.arange(tokens)[None] % 32
 
 
-def decoder(**how: Any) -> tuple[nn.Module, tuple[Tensor]]:
-    return Decoder(**how).eval(), (ids(),)
+@functools.cache
+def explained(tokens: int = S, cp_size: int = 2, dynamic: bool | None = None, **how: Any) -> cppass.Explanation:
+    """The explanation of a decoder that is built as `how` says, worked out once."""
+    return cppass.explain(Decoder(**how).eval(), ids(tokens), cp_size=cp_size, dynamic=dynamic)
 
 
 HOSTILE = "</script><script>alert('x')</script><img src=x onerror=alert(1)>\"&{{ 7 * 7 }}"
@@ -71,13 +79,7 @@ HOSTILE = "</script><script>alert('x')</script><img src=x onerror=alert(1)>\"&{{
 
 def hostile(text: str = HOSTILE) -> Any:
     """An explanation in which every text that a model could choose is this one."""
-    from cppass import explain
-    from cppass.errors import Refusal
-    from cppass.inspection.build import tree_of
-    from cppass.report import REFUSED
-
-    model, args = decoder(layers=2)
-    found = explain(model, *args, cp_size=2)
+    found = explained(layers=2)
     view = found.graph_view
 
     def renamed(nodes: Any) -> Any:

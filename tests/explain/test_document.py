@@ -8,34 +8,18 @@ from typing import Any
 
 import jsonschema
 import pytest
-from explain.models import Decoder, decoder, hostile, ids
+from explain.models import explained, hostile
 
-import cppass
 from cppass.inspection.document import schema
 
-
-def rewritten() -> Any:
-    model, args = decoder(layers=3)
-    return cppass.explain(model, *args, cp_size=4)
-
-
-def symbolic() -> Any:
-    model, args = decoder(layers=1)
-    return cppass.explain(model, *args, cp_size=2, dynamic=True)
-
-
-def refused() -> Any:
-    model, args = decoder(dropout=0.5)
-    return cppass.explain(model, *args, cp_size=2)
-
-
-def broken() -> Any:
-    model, args = decoder(layers=1, breaks=True)
-    return cppass.explain(model, *args, cp_size=2)
-
-
-def left_alone() -> Any:
-    return cppass.explain(Decoder(1).eval(), ids(3), cp_size=2)
+MADE: dict[str, Callable[[], Any]] = {
+    "rewritten": lambda: explained(cp_size=4),
+    "symbolic": lambda: explained(layers=1, dynamic=True),
+    "refused": lambda: explained(dropout=0.5),
+    "broken": lambda: explained(layers=2, breaks=True),
+    "left alone": lambda: explained(layers=1, tokens=3),
+    "hostile": hostile,
+}
 
 
 @pytest.fixture(scope="module")
@@ -44,16 +28,17 @@ def validator() -> jsonschema.Draft202012Validator:
     return jsonschema.Draft202012Validator(schema())
 
 
-@pytest.mark.parametrize("made", [rewritten, symbolic, refused, broken, left_alone, hostile])
-def test_explanations_fit_the_schema(made: Callable[[], Any], validator: jsonschema.Draft202012Validator) -> None:
-    found = json.loads(json.dumps(made().to_dict()))
+@pytest.mark.parametrize("name", MADE)
+def test_explanations_fit_the_schema(name: str, validator: jsonschema.Draft202012Validator) -> None:
+    found = MADE[name]().to_dict()
+    assert json.loads(json.dumps(found)) == found
     validator.validate(found)
     for graph in found["graphs"]:
         names = {node["name"] for node in graph["before"]}
         assert len(names) == len(graph["before"])
         assert {name for node in graph["before"] for name in node["inputs"]} <= names
         assert graph["modules"]["nodes"] == len(graph["before"])
-        assert (graph["after"] is not None) == (graph["status"] == "rewritten" or made is hostile)
+        assert (graph["after"] is not None) == (graph["status"] == "rewritten" or name == "hostile")
 
 
 @pytest.mark.parametrize(
@@ -68,14 +53,14 @@ def test_explanations_fit_the_schema(made: Callable[[], Any], validator: jsonsch
     ],
 )
 def test_a_spoiled_object_does_not_fit(spoil: Any, validator: jsonschema.Draft202012Validator) -> None:
-    found = json.loads(json.dumps(rewritten().to_dict()))
+    found = json.loads(json.dumps(MADE["rewritten"]().to_dict()))
     spoil(found)
     with pytest.raises(jsonschema.ValidationError):
         validator.validate(found)
 
 
 def test_what_the_object_says() -> None:
-    found = rewritten().to_dict()
+    found = MADE["rewritten"]().to_dict()
     graph = found["graphs"][found["main"]]
     assert (found["schema"], found["status"], graph["collectives"]) == (1, "rewritten", 4)
     assert graph["received_bytes"] == sum(g["received_bytes"] for g in graph["gathers"]) > 0

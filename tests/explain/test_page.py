@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 from explain.browser import Watched, browser, opened
-from explain.models import HOSTILE, Decoder, decoder, hostile, ids
+from explain.models import HOSTILE, explained, hostile
 
-import cppass
 from cppass.inspection.modules import tree_of
 from cppass.inspection.views import NodeView
 
@@ -29,16 +28,16 @@ def context(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Pages by name, written once."""
     made = {
-        "rewritten": (decoder(layers=4)[0], ids(32)),
-        "refused": (decoder(layers=3, dropout=0.5)[0], ids(32)),
-        "broken": (decoder(layers=2, breaks=True)[0], ids(32)),
-        "left alone": (Decoder(1).eval(), ids(3)),
+        "rewritten": explained(layers=4),
+        "refused": explained(dropout=0.5),
+        "broken": explained(layers=2, breaks=True),
+        "left alone": explained(layers=1, tokens=3),
+        "hostile": hostile(),
     }
     folder = tmp_path_factory.mktemp("pages")
-    paths = {name: folder / f"{name.replace(' ', '-')}.html" for name in (*made, "hostile")}
-    for name, (model, given) in made.items():
-        cppass.explain(model, given, cp_size=2).save_html(paths[name])
-    hostile().save_html(paths["hostile"])
+    paths = {name: folder / f"{name.replace(' ', '-')}.html" for name in made}
+    for name, explanation in made.items():
+        explanation.save_html(paths[name])
     return paths
 
 
@@ -98,19 +97,19 @@ def test_the_page_says_what_happened(rewritten: Watched) -> None:
 def test_search_finds_nodes_and_slash_reaches_it(rewritten: Watched) -> None:
     page = rewritten.page
     page.keyboard.press("/")
-    page.keyboard.type("attention local")
-    page.wait_for_function("document.getElementById('count').textContent.includes(' of ')")
+    page.keyboard.insert_text("layers.2.attention local")
+    page.wait_for_selector("#count:has-text(' of ')")
     found = page.locator("#list .row")
     assert found.count() > 0
-    assert all("attention" in text for text in found.all_inner_texts())
+    assert all("layers.2.attention" in text and "local" in text for text in found.all_inner_texts())
     page.keyboard.press("Enter")
     assert page.get_attribute("#list .row >> nth=0", "aria-selected") == "true"
-    assert "layers.0.attention" in page.inner_text("#detail")
+    assert "layers.2.attention" in page.inner_text("#detail")
     page.keyboard.press("/")
     page.keyboard.press("Escape")
     assert " of " not in page.inner_text("#count")
     page.keyboard.press("/")
-    page.keyboard.type("no such node")
+    page.keyboard.insert_text("no such node")
     page.wait_for_selector("#list .empty")
 
 
@@ -165,11 +164,11 @@ def test_before_and_after_side_by_side(rewritten: Watched) -> None:
     page.keyboard.press("ArrowRight")
     assert page.get_attribute("#tab-rows", "aria-selected") == "true"
     page.fill("#search", "cppass.gather")
-    page.wait_for_function("document.querySelectorAll('#list .cell.new').length > 0")
+    page.wait_for_selector("#list .cell.new")
     assert all("cppass.gather" in text for text in page.locator("#list .cell.new").all_inner_texts())
     page.fill("#search", "")
     page.check("#only")
-    page.wait_for_function("document.getElementById('count').textContent.includes(' of ')")
+    page.wait_for_selector("#count:has-text(' of ')")
     kinds = page.eval_on_selector_all("#list .row", "rows => rows.map(r => [...r.children].map(c => c.className))")
     assert all(pair != ["cell ", "cell "] for pair in kinds)
 
@@ -235,7 +234,7 @@ def test_hostile_names_are_text(name: str, context: Any, pages: dict[str, Path])
 
 def large(layers: int) -> Any:
     """A decoder's explanation, one of its layers repeated."""
-    found = cppass.explain(decoder(layers=4)[0], ids(32), cp_size=2)
+    found = explained(layers=4)
     view = found.graph_view
 
     def repeated(nodes: tuple[NodeView, ...]) -> tuple[NodeView, ...]:

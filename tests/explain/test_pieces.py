@@ -80,6 +80,7 @@ def test_a_tree_counts_roles_and_states_of_all_that_is_below() -> None:
         ("L['self'].layers[3].attention", "layers.3.attention"),
         ("L['self']._modules['model'].norm", "model.norm"),
         ("L['self']", ""),
+        ("L['args'][0].model.norm", "model.norm"),
         ("L['model'].norm", "model.norm"),
         ("model.norm", "model.norm"),
     ],

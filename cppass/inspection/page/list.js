@@ -96,7 +96,7 @@ class LongList {
     const moves = { ArrowDown: 1, ArrowUp: -1, PageDown: page, PageUp: -page, Home: -Infinity, End: Infinity };
     if (!(event.key in moves)) return;
     event.preventDefault();
-    const to = this.chosen < 0 ? 0 : this.chosen + moves[event.key];
-    this.select(Math.max(0, Math.min(this.items.length - 1, to)));
+    const move = moves[event.key];
+    this.select(this.chosen < 0 && Number.isFinite(move) ? 0 : this.chosen + move);
   }
 }
