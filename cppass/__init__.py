@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from cppass.api import explain, run_pass, unwrap
     from cppass.backend import npu_cp
     from cppass.hook import npu_pass
+    from cppass.inspection import Explanation
     from cppass.report import Report, clear_reports, last_report, reports
     from cppass.simulator import simulate
 
@@ -39,6 +40,7 @@ __all__ = [
     "CPConfig",
     "CPError",
     "CPWarning",
+    "Explanation",
     "OptionError",
     "PeerError",
     "Refusal",
@@ -59,6 +61,7 @@ __all__ = [
 ]
 
 _LATE = {
+    "Explanation": "cppass.inspection",
     "explain": "cppass.api",
     "run_pass": "cppass.api",
     "unwrap": "cppass.api",

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
+from cppass import torch_private
 from cppass.capture import capture, install
 from cppass.config import CPConfig
+from cppass.cost import HARDWARE, Hardware
 from cppass.errors import CPError, OptionError, refused_error
-from cppass.pipeline import rewrite_graph
+from cppass.inspection import Explanation, Seen, explanation_of
+from cppass.pipeline import hardware_of, rewrite_graph, run_stages
 from cppass.ranks import ranks_without_group
 from cppass.report import REFUSED, REWRITTEN, Report
 from cppass.target import load, target_of
@@ -65,41 +68,99 @@ def explain(
     cp_size: int,
     dynamic: bool | None = None,
     options: dict[str, Any] | None = None,
+    hardware: str | Hardware | None = None,
     **kwargs: Any,
-) -> Report:
-    """What the pass would do to a model, without a process group.
+) -> Explanation:
+    """What the pass would do to a model, without a process group: print it, or see docs/explain.md.
 
-    Runs `model(*args, **kwargs)` once on this process, unsharded, so caches that are passed in are written.
+    Runs `model(*args, **kwargs)` once on this process, unsharded, so caches that are passed in are written. With
+    inputs="sharded" a graph returns zeros instead: rows of one rank cannot run alone.
 
     Args:
         model: a module or function, as one would give it to torch.compile.
         cp_size: number of ranks to plan for.
         dynamic: dynamic shapes, as torch.compile takes it.
         options: further options of the backend, such as {"strict": True}.
+        hardware: whose figures the cost is told by: a name in cppass.cost.HARDWARE or a cppass.cost.Hardware. None: the
+            options' `hardware`, else "ascend-910b" for graphs of NPU ops and "host-core" for others.
 
     Returns:
-        The report of the graph with most attention sites; `notes` name the other graphs of the model (graph breaks).
+        The report of the graph that decides (a refused one, else the one with most attention sites), with all graphs of
+        the model, every refusal, the states of all nodes, layout and cost.
+
+    Raises:
+        OptionError: wrong options, or no such hardware.
+        CPError: CP106, Dynamo captured no graph.
     """
+    return explain_call(model, args, kwargs, cp_size, dynamic, options, hardware)[0]
+
+
+def explain_call(
+    model: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    cp_size: int,
+    dynamic: bool | None = None,
+    options: Mapping[str, Any] | None = None,
+    hardware: str | Hardware | None = None,
+) -> tuple[Explanation, Any]:
+    """The same, and what the model returned."""
     config = CPConfig.from_options({**(options or {}), "cp_size": cp_size})
-    found: list[Report] = []
+    device = _hardware(hardware)
+    found: list[Seen] = []
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         from torch._dynamo.backends.common import aot_autograd
 
+        names = torch_private.dynamo_inputs(gm)
+
         def look(aot_gm: fx.GraphModule, aot_inputs: Sequence[Any]) -> Callable[..., Any]:
-            found.append(rewrite_graph(_copy(aot_gm), config, cp_size))
-            return aot_gm.forward
+            inputs = torch_private.aot_inputs(aot_gm.graph, names)
+            stages = run_stages(_copy(aot_gm), config, cp_size, input_names=inputs, every_refusal=True)
+            number = torch_private.compile_number()
+            report = dataclasses.replace(stages.report, graph=number[0] if number else "")
+            stages = dataclasses.replace(stages, report=report)
+            found.append(Seen(stages, device or hardware_of(aot_gm, config), inputs))
+            return aot_gm.forward if config.inputs == "replicated" else _blank(aot_gm)
 
         return aot_autograd(fw_compiler=look, keep_inference_input_mutations=True)(gm, example_inputs)
 
     torch._dynamo.reset()
-    with torch.no_grad():
-        torch.compile(model, backend=backend, dynamic=dynamic)(*args, **kwargs)
+    broken = torch_private.graph_breaks()
+    try:
+        with torch.no_grad():
+            result = torch.compile(model, backend=backend, dynamic=dynamic)(*args, **kwargs)
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        ours = unwrap(error)
+        if ours is error:
+            raise
+        raise ours from error
     if not found:
         raise CPError("CP106", "Dynamo captured no graph of this model", "see TORCH_LOGS=graph_breaks")
-    best = max(found, key=lambda r: len(r.sites))
-    others = tuple(f"another graph: {r.status}, {len(r.sites)} sites {r.reason}" for r in found if r is not best)
-    return dataclasses.replace(best, notes=best.notes + others)
+    breaks = tuple(r for r, times in torch_private.graph_breaks().items() if times > broken.get(r, 0))
+    return explanation_of(_title(model), found, breaks), result
+
+
+def _hardware(given: str | Hardware | None) -> Hardware | None:
+    if isinstance(given, str) and given not in HARDWARE:
+        raise OptionError("CP003", f"hardware {given!r} is not known", f"choose one of {', '.join(HARDWARE)}")
+    return HARDWARE[given] if isinstance(given, str) else given
+
+
+def _blank(gm: fx.GraphModule) -> Callable[..., Any]:
+    """What returns zeros in place of running a graph of local rows: slots of all ranks do not fit the rows of one."""
+    (outputs,) = next(node.args for node in gm.graph.nodes if node.op == "output")
+    values = [x.meta.get("val") if isinstance(x, fx.Node) else x for x in outputs]  # type: ignore[union-attr]
+
+    def run(*args: Any) -> list[Any]:
+        return [torch_private.zeros_like(v) if isinstance(v, torch.Tensor) else v for v in values]
+
+    return run
+
+
+def _title(model: Callable[..., Any]) -> str:
+    """ "Qwen3ForCausalLM", or the name of a function."""
+    return str(getattr(model, "__name__", "") or type(model).__name__)
 
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:

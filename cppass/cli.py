@@ -5,13 +5,12 @@ Nothing here imports torch before a command runs.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 from cppass import CPError, OptionError, __version__
 from cppass.bench.sections import SECTIONS
@@ -19,22 +18,20 @@ from cppass.cost import HARDWARE, MODELS
 from cppass.demo.job import DIALECTS, DTYPES, Job
 from cppass.demo.presets import PRESETS
 
-INSTALL = 'pip install "cppass[host]"'
-INSTALL_NPU = 'pip install "cppass[npu-host]"'
-INSTALL_PLOT = 'pip install "cppass[plot]"'
-
 try:
     import typer
     from rich.console import Console
 except ModuleNotFoundError as missing:
-    raise SystemExit(f"cppass: the command line needs {missing.name}; {INSTALL}") from missing
+    raise SystemExit(f'cppass: the command line needs {missing.name}; pip install "cppass[host]"') from missing
+
+from cppass.cli_explain import explain
+from cppass.usage import INSTALL_PLOT, NEEDS, fail, need
 
 if TYPE_CHECKING:
     from cppass.demo.outcome import Outcome
 
 DEFAULTS = Job(decode=0)
 DECODE = 8
-NEEDS = {"hf": (INSTALL, "transformers", "numpy"), "npu": (INSTALL_NPU, "torch_npu", "numpy")}
 HF, NPU = DIALECTS["hf"], DIALECTS["npu"]
 
 app = typer.Typer(
@@ -118,7 +115,7 @@ def run(
     from cppass.demo.torchrun import detect
 
     try:
-        _need(*NEEDS.get(dialect, NEEDS["hf"]))
+        need(*NEEDS.get(dialect, NEEDS["hf"]))
         world = detect()
         if world and cp not in (None, world.size):
             raise OptionError("CP052", f"--cp {cp}, but torchrun started {world.size} ranks", "leave --cp out")
@@ -144,17 +141,20 @@ def run(
     except OptionError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":  # every rank of torchrun sees the same arguments; one says so
             raise typer.Exit(2) from None
-        _fail(error, as_json, trace, status=2)
+        fail(error, as_json, trace, status=2)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that `finally` ends the ranks
     try:
         outcome = _outcome(job)
     except CPError as error:
-        _fail(error, as_json, trace, status=1)
+        fail(error, as_json, trace, status=1)
     except KeyboardInterrupt:
         typer.echo("interrupted; all processes have ended", err=True)
         raise typer.Exit(128 + signal.SIGINT) from None
     if outcome is not None:
         _show(outcome, as_json)
+
+
+app.command()(explain)
 
 
 @app.command()
@@ -178,16 +178,16 @@ def bench(
     try:
         wanted = chosen(sections or ())
         if any(section.models for section in wanted.values()):
-            _need(*NEEDS["hf"])
+            need(*NEEDS["hf"])
     except OptionError as error:
-        _fail(error, as_json, trace, status=2)
+        fail(error, as_json, trace, status=2)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that `finally` ends the ranks
     from cppass.bench.command import measure_all
 
     try:
         measured = measure_all(wanted, tuple(sections or ()), quick, out, None if as_json else Console())
     except CPError as error:
-        _fail(error, as_json, trace, status=1)
+        fail(error, as_json, trace, status=1)
     except KeyboardInterrupt:
         typer.echo("interrupted; all processes have ended", err=True)
         raise typer.Exit(128 + signal.SIGINT) from None
@@ -221,10 +221,10 @@ def cost(
         question = Question(preset, hardware, tokens, ranks_of(ranks))
         if plot is not None:
             check(plot)
-            _need(INSTALL_PLOT, "matplotlib")
+            need(INSTALL_PLOT, "matplotlib")
         found = answer(question)
     except CPError as error:
-        _fail(error, as_json, False, status=2 if isinstance(error, OptionError) else 1)
+        fail(error, as_json, False, status=2 if isinstance(error, OptionError) else 1)
     if plot is not None:
         draw(found, plot)
     if as_json:
@@ -276,21 +276,6 @@ def _show(outcome: Outcome, as_json: bool) -> None:
     else:
         render(outcome, Console())
     raise typer.Exit(0 if outcome.passed else 1)
-
-
-def _fail(error: CPError, as_json: bool, trace: bool, status: int) -> NoReturn:
-    from cppass.demo.report import error_dict, render_error
-
-    if as_json:
-        typer.echo(json.dumps(error_dict(error)))
-    render_error(error, Console(stderr=True), trace)
-    raise typer.Exit(status)
-
-
-def _need(install: str, *modules: str) -> None:
-    for module in modules:
-        if importlib.util.find_spec(module) is None:
-            raise OptionError("CP055", f"this command needs {module}, which is not installed", install)
 
 
 if __name__ == "__main__":

@@ -104,6 +104,7 @@ class Refusal:
         why: what was seen and why it cannot be rewritten.
         hint: the way out.
         where: "file:line in function: source" of the user's code, where the graph knows it.
+        module: path of the module that the node was made in, "model.layers.0.self_attn"; "" where unknown.
     """
 
     code: str
@@ -112,9 +113,11 @@ class Refusal:
     why: str
     hint: str = ""
     where: str = ""
+    module: str = ""
 
     def place(self) -> str:
-        return f"\n  at node {self.node} ({self.op})" + (f"\n  from {self.where}" if self.where else "")
+        module = f" of {self.module}" if self.module else ""
+        return f"\n  at node {self.node} ({self.op}){module}" + (f"\n  from {self.where}" if self.where else "")
 
     def __str__(self) -> str:
         return f"[{self.code}] {self.why}{self.place()}" + (f"\n  way out: {self.hint}" if self.hint else "")

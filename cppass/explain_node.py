@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from torch import fx
 
 from cppass.errors import Refusal
@@ -25,6 +27,42 @@ def source_of(node: fx.Node) -> str:
     return ""
 
 
+def module_of(node: fx.Node) -> str:
+    """Path of the innermost module that the node was made in, "model.layers.0.self_attn"; "" where none is known.
+
+    before:  L['self'].model.layers.slice(None, 28, None).0.self_attn            after:  model.layers.0.self_attn
+    """
+    return _modules(node)[0]
+
+
+def module_type_of(node: fx.Node) -> str:
+    """The class of that module, "Qwen3Attention"; "" where none is known."""
+    return _modules(node)[1]
+
+
+def _modules(node: fx.Node) -> tuple[str, str]:
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return "", ""
+    path, kind = list(stack.values())[-1]
+    name = kind if isinstance(kind, str) else getattr(kind, "__name__", "")
+    return path_of(str(path)), name.rpartition(".")[2]
+
+
+def path_of(source: str) -> str:
+    """A module or weight as people write it, from how Dynamo reaches it.
+
+    before:  self._modules['layers']._modules['0']._parameters['weight']            after:  layers.0.weight
+    """
+    source = re.sub(r"\.?slice\([^)]*\)", "", source)  # a ModuleList that was sliced
+    source = re.sub(r"\[['\"]?([^\]'\"]*)['\"]?\]", r".\1", source)  # L['self'] and layers[0]
+    parts = [p for p in source.split(".") if p not in ("", "_modules", "_parameters", "_buffers")]
+    parts = parts[1:] if parts[:1] == ["L"] else parts
+    if parts[:2] == ["args", "0"]:  # a decorated forward(*args)
+        return ".".join(parts[2:])
+    return ".".join(parts[1:] if parts[:1] == ["self"] else parts)
+
+
 def op_of(node: fx.Node) -> str:
     """The node's target as text, such as "aten.mm.default"."""
     target = node.target
@@ -32,4 +70,4 @@ def op_of(node: fx.Node) -> str:
 
 
 def refuse(code: str, node: fx.Node, why: str, hint: str = "") -> Refusal:
-    return Refusal(code, node.name, op_of(node), why, hint, source_of(node))
+    return Refusal(code, node.name, op_of(node), why, hint, source_of(node), module_of(node))

@@ -14,7 +14,7 @@ from cppass.errors import Refusal
 from cppass.explain_node import op_of, refuse
 from cppass.gate import break_even
 from cppass.match import find_sites, outside_notes
-from cppass.plan import make_plan
+from cppass.plan import CPPlan, make_plan
 from cppass.prepare import prepare
 from cppass.report import (
     LEFT_ALONE,
@@ -30,7 +30,7 @@ from cppass.rewrite import rewrite
 from cppass.rules import name_of, shape_of
 from cppass.shard import Propagation, propagate, unify_sizes
 from cppass.sharded_inputs import entering_inputs
-from cppass.sharded_plan import make_sharded_plan
+from cppass.sharded_plan import ShardedPlan, make_sharded_plan
 from cppass.sharded_rewrite import rewrite_sharded
 from cppass.sharded_verify import verify_sharded
 from cppass.site import AttentionSite
@@ -41,7 +41,25 @@ from cppass.torch_private import ranks_of_group
 from cppass.verify import verify
 
 
-@collector_paused()
+@dataclasses.dataclass(frozen=True)
+class Stages:
+    """What the stages gave for one graph, as far as they went.
+
+    Attributes:
+        report: what happened, and why.
+        before: the graph as the pass reads it: modules inlined, duplicates merged.
+        sites: the attention that was found in it.
+        plan: how each value of it is made; None where planning was not reached.
+        after: the rewritten graph; None where there is none.
+    """
+
+    report: Report
+    before: fx.Graph
+    sites: tuple[AttentionSite, ...] = ()
+    plan: CPPlan | ShardedPlan | None = None
+    after: fx.Graph | None = None
+
+
 def rewrite_graph(
     gm: fx.GraphModule,
     config: CPConfig,
@@ -57,41 +75,73 @@ def rewrite_graph(
 
     Only a report with status "rewritten" means that `gm` has changed.
     """
+    stages = run_stages(gm, config, cp_size, group_name, input_names)
+    if stages.after is not None:
+        gm.graph = stages.after
+    return stages.report
+
+
+@collector_paused()
+def run_stages(
+    gm: fx.GraphModule,
+    config: CPConfig,
+    cp_size: int,
+    group_name: str = "",
+    input_names: Mapping[str, str] | None = None,
+    every_refusal: bool = False,
+) -> Stages:
+    """The same without changing `gm`, and what each stage gave.
+
+    Args:
+        every_refusal: go on to planning after a refusal, to find the others.
+    """
     if config.inputs == "sharded":
-        return _rewrite_sharded(gm, config, cp_size, group_name, input_names)
+        return _run_sharded(gm, config, cp_size, group_name, input_names)
     graph = prepare(gm)
     found = find_sites(graph)
     base = Report(LEFT_ALONE, cp_size=cp_size, sites=tuple(describe_site(s) for s in found.sites))
     if found.sites:
         base = dataclasses.replace(base, tokens=_tokens_text(found.sites[0]))
     if cp_size == 1:
-        return dataclasses.replace(base, reason="one rank: there is nothing to share")
+        return Stages(dataclasses.replace(base, reason="one rank: there is nothing to share"), graph, found.sites)
     if not found.sites and not found.refusals:
         notes = outside_notes(graph)
-        return dataclasses.replace(base, reason="no attention in this graph", notes=notes)
+        return Stages(dataclasses.replace(base, reason="no attention in this graph", notes=notes), graph)
     if found.sites:
         reason = too_short(found.sites, cp_size, 0 if config.min_tokens == "auto" else int(config.min_tokens))
         if reason:
-            return dataclasses.replace(base, reason=reason)
+            return Stages(dataclasses.replace(base, reason=reason), graph, found.sites)
         unify_sizes(graph, found.sites)
     step = step_of(found.sites, cp_size) if found.sites else None
     refusals = (*found.refusals, *([step] if isinstance(step, Refusal) else []), *_collectives(graph, group_name))
-    if refusals or not isinstance(step, Step):
-        return dataclasses.replace(base, status=REFUSED, reason=refusals[0].why, refusals=refusals)
+    if not isinstance(step, Step) or (refusals and not every_refusal):
+        return Stages(_refused(base, refusals), graph, found.sites)
 
     reach = propagate(graph, found.sites)
-    if config.min_tokens == "auto" and (reason := _does_not_pay(gm, graph, found.sites, reach, cp_size, config)):
-        return dataclasses.replace(base, reason=reason)
+    if config.min_tokens == "auto" and not refusals:
+        reason = _does_not_pay(gm, graph, found.sites, reach, cp_size, config)
+        if reason:
+            return Stages(dataclasses.replace(base, reason=reason), graph, found.sites)
     plan = make_plan(graph, found.sites, reach, step, config.strict)
-    if plan.refusals:
-        return dataclasses.replace(base, status=REFUSED, reason=plan.refusals[0].why, refusals=plan.refusals)
+    refusals += tuple(r for r in plan.refusals if not _said_before(r, refusals))
+    if refusals:
+        return Stages(_refused(base, refusals), graph, found.sites, plan)
     notes = mask_notes(plan.sites, cp_size)
     notes += tuple(f"gathered {g.node.name}: {g.why}" for g in plan.gathered if not g.expected)
     report = dataclasses.replace(base, status=REWRITTEN, gathers=describe_gathers(plan), notes=notes)
     rewritten = rewrite(graph, plan)
     verify(rewritten, plan)
-    gm.graph = rewritten
-    return report
+    return Stages(report, graph, found.sites, plan, rewritten)
+
+
+def _refused(base: Report, refusals: tuple[Refusal, ...]) -> Report:
+    return dataclasses.replace(base, status=REFUSED, reason=refusals[0].why, refusals=refusals)
+
+
+def _said_before(refusal: Refusal, earlier: tuple[Refusal, ...]) -> bool:
+    """A node that was refused before, or a product (CP201) in the module of refused attention: that attention again."""
+    again = {r.module for r in earlier} if refusal.code == "CP201" else set()
+    return refusal.module in again or any(r.node == refusal.node for r in earlier)
 
 
 def _does_not_pay(
@@ -103,10 +153,7 @@ def _does_not_pay(
     config: CPConfig,
 ) -> str:
     """Why the cost model says that one device is faster, "" where it is not. The comparison is a guard."""
-    hardware = config.hardware
-    if not isinstance(hardware, Hardware):
-        default = "ascend-910b" if target_of(gm, config)[0] == "npu" else "host-core"
-        hardware = HARDWARE[hardware or default]
+    hardware = hardware_of(gm, config)
     least = break_even(graph, sites, reach, cp_size, hardware)
     if least is None:
         return f"{cp_size} ranks are predicted to be slower than one device at any length on {hardware.name}"
@@ -114,9 +161,17 @@ def _does_not_pay(
     return short and f"{short}, the break-even predicted for {hardware.name}"
 
 
-def _rewrite_sharded(
+def hardware_of(gm: fx.GraphModule, config: CPConfig) -> Hardware:
+    """The device that the cost model is asked about: the config's, or what suits the graph's target."""
+    hardware = config.hardware
+    if isinstance(hardware, Hardware):
+        return hardware
+    return HARDWARE[hardware or ("ascend-910b" if target_of(gm, config)[0] == "npu" else "host-core")]
+
+
+def _run_sharded(
     gm: fx.GraphModule, config: CPConfig, cp_size: int, group_name: str, input_names: Mapping[str, str] | None
-) -> Report:
+) -> Stages:
     """The same for a graph whose token-wise inputs arrive as local rows."""
     graph = prepare(gm)
     found = find_sites(graph)
@@ -124,20 +179,21 @@ def _rewrite_sharded(
     entering = entering_inputs(graph, config.sharded_inputs, input_names)
     refusals = (*found.refusals, *_collectives(graph, group_name), *_unnamed(found.sites, entering, config))
     if refusals:
-        return dataclasses.replace(base, status=REFUSED, reason=refusals[0].why, refusals=refusals)
+        return Stages(_refused(base, refusals), graph, found.sites)
     if cp_size == 1 or not entering:
         reason = "one rank: there is nothing to share" if cp_size == 1 else "no sharded input in this graph"
-        return dataclasses.replace(base, reason=reason)
+        return Stages(dataclasses.replace(base, reason=reason), graph, found.sites)
     plan = make_sharded_plan(graph, found.sites, entering, cp_size, config.remainder or "balanced")
     if plan.refusals:
-        return dataclasses.replace(base, status=REFUSED, reason=plan.refusals[0].why, refusals=plan.refusals)
+        return Stages(_refused(base, plan.refusals), graph, found.sites, plan)
     if not plan.sites:
-        return dataclasses.replace(base, reason="no attention in this graph, and every op of it is row by row")
+        reason = "no attention in this graph, and every op of it is row by row"
+        return Stages(dataclasses.replace(base, reason=reason), graph)
     rewritten = rewrite_sharded(graph, plan)
     verify_sharded(rewritten, plan)
-    gm.graph = rewritten
     tokens = f"{plan.rows} local rows"
-    return dataclasses.replace(base, status=REWRITTEN, tokens=tokens, gathers=describe_sharded(plan))
+    report = dataclasses.replace(base, status=REWRITTEN, tokens=tokens, gathers=describe_sharded(plan))
+    return Stages(report, graph, found.sites, plan, rewritten)
 
 
 def _unnamed(

@@ -9,7 +9,7 @@ from collections import deque
 from torch import fx
 
 from cppass.errors import Refusal
-from cppass.explain_node import op_of, source_of
+from cppass.explain_node import module_of, op_of, source_of
 from cppass.match.kv import write_of
 from cppass.plan import CPPlan, Full
 from cppass.rules import shape_of
@@ -22,7 +22,7 @@ REWRITTEN, LEFT_ALONE, REFUSED = "rewritten", "left alone", "refused"
 
 @dataclasses.dataclass(frozen=True)
 class SiteReport:
-    """One attention site: the matched form, how it is rewritten, its KV write, mask and source line."""
+    """One attention site: the matched form, how it is rewritten, its KV write, mask, source line and module path."""
 
     name: str
     form: str
@@ -30,6 +30,7 @@ class SiteReport:
     kv_write: str
     mask: str
     where: str
+    module: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +138,7 @@ def describe_site(site: AttentionSite) -> SiteReport:
         f"KV write {write}" if write else "no cache",
         mask,
         source_of(site.node),
+        module_of(site.node),
     )
 
 

@@ -59,6 +59,7 @@ class ShardedPlan:
         groups: values that travel in one collective.
         writes: KV writes that take gathered rows: node -> the rows' sources.
         lookups: rows picked by number.
+        states: of the values that are local rows; others are the same on every rank.
         refusals: why this graph cannot be rewritten; the rest means nothing then.
     """
 
@@ -71,6 +72,7 @@ class ShardedPlan:
     groups: tuple[tuple[fx.Node, ...], ...]
     writes: dict[fx.Node, tuple[fx.Node, ...]]
     lookups: dict[fx.Node, Lookup]
+    states: dict[fx.Node, State]
     refusals: tuple[Refusal, ...]
 
 
@@ -119,6 +121,7 @@ class _Planner:
             self._groups(),
             self.writes,
             self.lookups,
+            self.states,
             tuple(self.refusals),
         )
 

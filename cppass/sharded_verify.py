@@ -27,12 +27,17 @@ def verify_sharded(graph: fx.Graph, plan: ShardedPlan) -> None:
             "CP402", f"{len(plan.sites)} attention sites were found and {rewritten} rewritten", "please report this"
         )
     check_waits(graph)
-    names = {node.name: state for node, state in plan.entering.items()}
-    entering = {n: names[n.name] for n in graph.nodes if n.op == "placeholder" and n.name in names}
-    states = _ShardedTyping(plan, entering).run(graph)
+    states = states_of(graph, plan)
     for node in graph.nodes:
         if node.op == "output":
             _no_gathered_rows(node, states)
+
+
+def states_of(graph: fx.Graph, plan: ShardedPlan) -> dict[fx.Node, State]:
+    """The states of the local and gathered rows of a rewritten graph; other values are the same on every rank."""
+    names = {node.name: state for node, state in plan.entering.items()}
+    entering = {n: names[n.name] for n in graph.nodes if n.op == "placeholder" and n.name in names}
+    return _ShardedTyping(plan, entering).run(graph)
 
 
 def _no_gathered_rows(node: fx.Node, states: Mapping[fx.Node, State]) -> None:

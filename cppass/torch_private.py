@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 from torch._dynamo.exc import RestartAnalysis, SkipFrame
@@ -120,6 +121,31 @@ def same_size(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
 def hinted(x: torch.Tensor) -> tuple[int, ...]:
     """Sizes in the call that is compiled, symbolic ones by their hints; installs no guard."""
     return tuple(int(s.node.hint) if isinstance(s, torch.SymInt) else s for s in x.shape)
+
+
+def zeros_like(x: torch.Tensor) -> torch.Tensor:
+    """A real tensor of the sizes that a fake one has in the call that is compiled."""
+    with unset_fake_temporarily():
+        return torch.zeros(hinted(x), dtype=x.dtype, device=x.device)
+
+
+def hints_of(graph: fx.Graph) -> dict[sympy.Symbol, int]:
+    """The value of every symbol of a graph in the call that is compiled; installs no guard."""
+    hints: dict[sympy.Symbol, int] = {}
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        sizes = value.shape if isinstance(value, torch.Tensor) else (value,)
+        for size in sizes:
+            if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol and size.node.hint is not None:
+                hints[size.node.expr] = int(size.node.hint)
+    return hints
+
+
+def graph_breaks() -> dict[str, int]:
+    """Why Dynamo broke graphs so far in this process -> how often."""
+    from torch._dynamo.utils import counters
+
+    return {str(reason): int(times) for reason, times in counters["graph_break"].items()}
 
 
 def is_unbacked(value: int | torch.SymInt) -> bool:

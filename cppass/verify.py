@@ -45,10 +45,15 @@ def verify(graph: fx.Graph, plan: CPPlan) -> None:
     """Raises VerifyError where the rewritten graph is not legal, or a site was found and not rewritten."""
     _coverage(graph, plan)
     check_waits(graph)
-    states = _ReplicatedTyping(plan.step.layout).run(graph)
+    states = states_of(graph, plan)
     for node in graph.nodes:
         if node.op == "output" or (node.op == "call_function" and not is_tensor(node) and node.target not in CANONICAL):
             _all_full(node, states)
+
+
+def states_of(graph: fx.Graph, plan: CPPlan) -> dict[fx.Node, State]:
+    """The states of the Local values of a rewritten graph; values that are not in it are Full."""
+    return _ReplicatedTyping(plan.step.layout).run(graph)
 
 
 def _coverage(graph: fx.Graph, plan: CPPlan) -> None:

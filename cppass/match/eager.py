@@ -21,7 +21,7 @@ from cppass.errors import Refusal
 from cppass.explain_node import refuse
 from cppass.match.kv import SAME, VIEWS, fresh_rows, peel_repeat, skip_same, write_of
 from cppass.match.mask import causal_mask
-from cppass.rules import argument, is_tensor, shape_of, tensor_operands
+from cppass.rules import argument, is_random, is_tensor, shape_of, tensor_operands
 from cppass.site import AttentionSite, Fresh, Rewrite
 from cppass.tokens import product
 
@@ -44,6 +44,13 @@ def match_eager(softmax: fx.Node) -> AttentionSite | Refusal | None:
     out = _product_below(softmax)
     if scores is None:
         return None
+    if out is None and _is_dropped(softmax):
+        return refuse(
+            "CP102",
+            softmax,
+            "attention with dropout: ranks would drop different weights than one device",
+            "call model.eval(), or set the model's attention_dropout to 0",
+        )
     if out is None:
         return refuse(
             "CP101",
@@ -52,6 +59,19 @@ def match_eager(softmax: fx.Node) -> AttentionSite | Refusal | None:
             "use scaled_dot_product_attention (attn_implementation='sdpa')",
         )
     return _plain(softmax, scores, out) or _rowwise(softmax, scores, out)
+
+
+def _is_dropped(softmax: fx.Node) -> bool:
+    """Whether weights are dropped at random: torch writes attention with dropout_p out on the CPU."""
+    stack, seen = list(softmax.users), set()
+    while stack:
+        node = stack.pop()
+        if is_random(node):
+            return True
+        if node not in seen and node.target in SAME | VIEWS | CONVERSIONS:
+            stack.extend(node.users)
+        seen.add(node)
+    return False
 
 
 def _product_above(node: object) -> fx.Node | None:

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from core.graph_text import graph_text
 from core.snippets import causal, rand
 from expecttest import assert_expected_inline
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import cppass
+from cppass.graph_text import graph_text
 from cppass.prepare import prepare
 
 aten = torch.ops.aten

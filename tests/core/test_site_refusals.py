@@ -52,6 +52,13 @@ REFUSED_WHERE_FOUND: dict[str, tuple[Function, bool, tuple[Tensor, ...], str, st
         "CP102",
         "dropout_p=0.25",
     ),
+    "dropout, written out": (
+        lambda q, k, v: torch.native_dropout(torch.softmax(q @ k.transpose(2, 3), -1), 0.5, True)[0] @ v,
+        False,
+        qkv(),
+        "CP102",
+        "attention with dropout",
+    ),
     "three dimensions": (causal, True, tuple(x[0] for x in qkv()), "CP103", "[4, 8, 6]"),
     "log-sum-exp": (
         lambda q, k, v: aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True),

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from core.graph_text import graph_text
 from expecttest import assert_expected_inline
 from npu.fused_snippets import BLOCK, MASK, WRITES, D, Snippet, check, fused, nd_update_on_a_view, paged, rand
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import cppass
+from cppass.graph_text import graph_text
 
 G = 1
 CALL, GATHER, SELECT = "npu.npu_fused_infer_attention_score_v2.default", "all_gather_into_tensor", "index_select"

@@ -16,6 +16,7 @@ LAYERS = [  # a module imports from its own row and the rows above it
         "layout",
         "tokens",
         "explain_node",
+        "graph_text",
         "arithmetic",
         "halves",
         "fused_meaning",
@@ -44,10 +45,11 @@ LAYERS = [  # a module imports from its own row and the rows above it
     {"rewrite", "sharded_rewrite", "report"},
     {"verify", "sharded_verify"},
     {"pipeline"},
+    {"inspection"},
     {"api", "backend", "hook"},
     {"simulator"},
     {"cppass"},
-    {"bench", "demo", "cli", "doctor"},
+    {"bench", "demo", "cli", "cli_explain", "usage", "doctor"},
 ]
 SEEN_BY_LOWERING = {"environment", "errors", "config", "layout", "site", "ops", "target", "torch_private"} | {
     "arithmetic",
@@ -104,7 +106,7 @@ def test_import_cppass_imports_no_torch() -> None:
 
 
 def test_the_backend_needs_torch_and_sympy_alone() -> None:
-    extras = ("transformers", "numpy", "typer", "rich", "psutil", "torch_npu")
+    extras = ("transformers", "numpy", "typer", "rich", "jinja2", "psutil", "torch_npu")
     blocked = f"import sys\nfor name in {extras}: sys.modules[name] = None\n"
     assert run(blocked + "import cppass; cppass.npu_cp, cppass.run_pass, cppass.simulate; print('ok')") == "ok\n"
 
