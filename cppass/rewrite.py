@@ -224,6 +224,7 @@ class _Rewriter(Builder):
         return self.emit(aten.reshape.default if node.target in VIEWS else node.target, args, kwargs)
 
     def _attention(self, site: AttentionSite) -> fx.Node:
+        """This rank's rows of the output. The canonical op has heads first; [B, S, H, D] is turned and turned back."""
         query = self.local(site.query, Tokens(site.query_dim))
         key, value = self.full(site.key), self.full(site.value)
         mask: fx.Node | None = None
@@ -241,7 +242,10 @@ class _Rewriter(Builder):
             state = site.mask_state
             mask = self.full(site.mask) if state is None else self.local(site.mask, state)
         self.origin = site.node
-        return self.emit(
+        turned = site.query_dim == 1
+        if turned:
+            query, key, value = (self.emit(aten.transpose.int, (x, 1, 2)) for x in (query, key, value))
+        out = self.emit(
             torch.ops.cppass.attention.default,
             (
                 query,
@@ -256,6 +260,7 @@ class _Rewriter(Builder):
                 site.scale,
             ),
         )
+        return self.emit(aten.transpose.int, (out, 1, 2)) if turned else out
 
     def _fused(self, site: AttentionSite, fused: FusedAttention) -> fx.Node:
         """Both results of the op, for this rank's rows.

@@ -105,7 +105,7 @@ class FusedAttention:
 class AttentionSite:
     """One attention with its KV write. Shapes: query [B, Hq, S, D], key [B, Hkv, T, D], value [B, Hkv, T, E].
 
-    A FUSED site has them as its input layout says.
+    A FUSED site has them as its input layout says; another one with query_dim 1 has tokens before heads: [B, S, Hq, D].
 
     Attributes:
         form: name of the matched form.

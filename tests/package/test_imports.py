@@ -24,7 +24,7 @@ LAYERS = [  # a module imports from its own row and the rows above it
         "sharded_ops",
     },
     {"ops", "rules", "target"},
-    {"shapes"},
+    {"shapes", "axes", "registry"},
     {"emitter", "schedule"},
     {"site", "npu_rules"},
     {
@@ -46,6 +46,7 @@ LAYERS = [  # a module imports from its own row and the rows above it
     {"pipeline"},
     {"api", "backend", "hook"},
     {"simulator"},
+    {"extend"},
     {"cppass"},
     {"bench", "demo", "cli", "doctor"},
 ]
