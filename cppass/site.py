@@ -154,3 +154,9 @@ class AttentionSite:
     @property
     def writes(self) -> tuple[fx.Node, ...]:
         return self.key_fresh.writes + self.value_fresh.writes
+
+
+def readers(sites: tuple[AttentionSite, ...]) -> dict[fx.Node, fx.Node]:
+    """New rows of keys and values -> the attention they are gathered for; the first one, where several read them."""
+    parts = [(part, site) for site in sites for part in (site.key_fresh, site.value_fresh)]
+    return {part.source: site.node for part, site in reversed(parts)}
