@@ -18,6 +18,7 @@ from cppass.config import CPConfig  # noqa: E402
 from cppass.errors import (  # noqa: E402
     CPError,
     CPWarning,
+    ExtensionError,
     OptionError,
     PeerError,
     Refusal,
@@ -29,8 +30,12 @@ from cppass.errors import (  # noqa: E402
 if TYPE_CHECKING:
     from cppass.api import explain, run_pass, unwrap
     from cppass.backend import npu_cp
+    from cppass.extend.check import check_rule
+    from cppass.extend.check_form import check_site_form
+    from cppass.extend.register import rule, site_form, unregister
     from cppass.hook import npu_pass
     from cppass.inspection import Explanation
+    from cppass.registry import registered
     from cppass.report import Report, clear_reports, last_report, reports
     from cppass.simulator import simulate
 
@@ -41,6 +46,7 @@ __all__ = [
     "CPError",
     "CPWarning",
     "Explanation",
+    "ExtensionError",
     "OptionError",
     "PeerError",
     "Refusal",
@@ -49,19 +55,31 @@ __all__ = [
     "Unsupported",
     "VerifyError",
     "__version__",
+    "check_rule",
+    "check_site_form",
     "clear_reports",
     "explain",
     "last_report",
     "npu_cp",
     "npu_pass",
+    "registered",
     "reports",
+    "rule",
     "run_pass",
     "simulate",
+    "site_form",
+    "unregister",
     "unwrap",
 ]
 
 _LATE = {
     "Explanation": "cppass.inspection",
+    "check_rule": "cppass.extend.check",
+    "check_site_form": "cppass.extend.check_form",
+    "rule": "cppass.extend.register",
+    "site_form": "cppass.extend.register",
+    "unregister": "cppass.extend.register",
+    "registered": "cppass.registry",
     "explain": "cppass.api",
     "run_pass": "cppass.api",
     "unwrap": "cppass.api",

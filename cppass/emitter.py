@@ -35,9 +35,14 @@ class Emitter:
         assert self.origin is not None
         with self.graph.inserting_before(self.origin):
             node = self.graph.call_function(target, args, kwargs)
-            node.meta.update({k: v for k, v in self.origin.meta.items() if k != "val"})
+            self._as_origin(node)
             node.meta["val"] = self.shapes(target, args, kwargs)
         return node
+
+    def _as_origin(self, node: fx.Node) -> None:
+        """What profilers and tracebacks show of it is what they showed of the node it stands for."""
+        assert self.origin is not None
+        node.meta.update({k: v for k, v in self.origin.meta.items() if k != "val"})
 
     def size(self, x: fx.Node, dim: int) -> int | fx.Node:
         """A size of a tensor, as an int or a node."""
@@ -71,6 +76,7 @@ class Emitter:
         assert self.origin is not None
         with self.graph.inserting_before(self.origin):
             node = self.graph.get_attr(f"rows_constant_{number}")
+        self._as_origin(node)
         node.meta["val"] = self.shapes.mode.from_tensor(tensor) if self.shapes.mode is not None else tensor
         return self(torch.ops.aten.lift_fresh_copy.default, node)
 

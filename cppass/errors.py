@@ -85,6 +85,10 @@ class VerifyError(CPError):
     """The rewritten graph is not a legal one: a bug of cppass, caught before it could give a wrong number (CP4xx)."""
 
 
+class ExtensionError(CPError):
+    """A registered rule or site form fails, returns nonsense, or does not do what it says (CP115, CP204 to CP206)."""
+
+
 class InternalError(CPError):
     """Something below or inside cppass failed while compiling; the cause is chained (CP9xx)."""
 

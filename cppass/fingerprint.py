@@ -18,6 +18,7 @@ from torch import fx
 
 from cppass.config import CPConfig
 from cppass.explain_node import op_of
+from cppass.registry import registered
 from cppass.rules import name_of
 
 OWN_OPTIONS = ("group", "rank", "cp_size", "mode", "agreement_timeout")
@@ -31,7 +32,7 @@ class Fingerprint:
     Attributes:
         what: "rewritten, 64 tokens", "left alone, ...".
         versions: of cppass (with a hash of its source), torch, torch_npu.
-        options: of the backend, but those that are each rank's own.
+        options: of the backend, but those that are each rank's own; and what was registered from outside.
         graph: the canonical graph, a line a node, compressed: kept for the message if ranks differ.
     """
 
@@ -53,6 +54,7 @@ class Fingerprint:
 def fingerprint(graph: fx.Graph, what: str, config: CPConfig) -> Fingerprint:
     """The fingerprint of a graph before lowering; the rank enters after it."""
     options = {f.name: repr(getattr(config, f.name)) for f in dataclasses.fields(config) if f.name not in OWN_OPTIONS}
+    options |= {line.partition(":")[0]: line.partition(":")[2].strip() for line in registered()}
     return Fingerprint(_renamed(what), versions(), options, zlib.compress(_renamed(graph_lines(graph)).encode(), 1))
 
 

@@ -24,6 +24,7 @@ from cppass.guard import compare
 from cppass.party import party_of
 from cppass.pipeline import rewrite_graph
 from cppass.ranks import ranks_without_group
+from cppass.registry import registered
 from cppass.report import REFUSED, REWRITTEN, record
 from cppass.target import Ranks, Target, load
 
@@ -55,7 +56,7 @@ def npu_pass(config: CPConfig | None = None, **options: Any) -> Hook:
     if wrong:
         raise OptionError("CP003", f"option {wrong} does not go with npu_pass", "leave it out, or use backend='npu_cp'")
     ranks = ranks_without_group(config)
-    return _identified(functools.partial(_run, config, ranks), f"cppass {__version__} {config} {ranks}")
+    return _identified(functools.partial(_run, config, ranks), f"cppass {__version__} {config} {ranks} {registered()}")
 
 
 def _run(config: CPConfig, ranks: Ranks, gm: fx.GraphModule, compiler_config: Any, identity: str) -> None:

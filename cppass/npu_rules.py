@@ -13,11 +13,11 @@ The experts of a step:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 from torch import fx
 
+from cppass.axes import operand_names, row_wise
 from cppass.rules import (
     Axes,
     AxisRule,
@@ -34,36 +34,12 @@ from cppass.rules import (
 )
 from cppass.tokens import Counts, Points, Size, State, Tokens
 
-# -- which operand is which --------------------------------------------------------------------------------------------
-
-
-def operand_names(node: fx.Node) -> list[str]:
-    """The argument that each tensor operand belongs to, in the order of rules.tensor_operands."""
-    schema = node.target._schema  # type: ignore[union-attr]
-    given = {a.name: node.args[i] for i, a in enumerate(schema.arguments) if i < len(node.args)}
-    return [name for name, value in {**given, **node.kwargs}.items() for x in iter_nodes(value) if is_tensor(x)]
-
 
 def _named(node: fx.Node, states: Mapping[str, State]) -> tuple[State | None, ...]:
     return tuple(states.get(name) for name in operand_names(node))
 
 
 # -- axes --------------------------------------------------------------------------------------------------------------
-
-
-def _rows_of(*names: str, used: int = 1) -> Callable[[fx.Node], Axes]:
-    """The named operands and the output share all but their last `used` axes; other operands are whole."""
-
-    def axes(node: fx.Node) -> Axes:
-        operands = [x for x in iter_nodes((node.args, node.kwargs)) if is_tensor(x)]
-        rows = len(shape_of(operands[0])) - used
-        labels: list[tuple[Any, ...]] = []
-        for name, operand in zip(operand_names(node), operands, strict=True):
-            ndim = len(shape_of(operand))
-            labels.append(tuple(d if d < rows and name in names else None for d in range(ndim)))
-        return Axes(tuple(d if d < rows else None for d in range(len(shape_of(node)))), tuple(labels))
-
-    return axes
 
 
 def _rope(node: fx.Node) -> Axes:
@@ -187,16 +163,16 @@ ROUTINGS = {"npu::npu_moe_init_routing": (1,), "npu::npu_moe_init_routing_v2": (
 """Routing -> the elements that are numbers of this rank's own routing."""
 
 NPU_RULES: dict[str, Rule] = {
-    "npu::npu_rms_norm": AxisRule(_rows_of("input")),
-    "npu::npu_add_rms_norm": AxisRule(_rows_of("x1", "x2")),
-    "npu::npu_add_rms_norm_cast": AxisRule(_rows_of("x1", "x2")),
+    "npu::npu_rms_norm": AxisRule(row_wise("input")),
+    "npu::npu_add_rms_norm": AxisRule(row_wise("x1", "x2")),
+    "npu::npu_add_rms_norm_cast": AxisRule(row_wise("x1", "x2")),
     "npu::npu_swiglu": AxisRule(same_axes(lambda node, ndim: [node.args[1] if len(node.args) > 1 else -1])),  # type: ignore[list-item]
     "npu::npu_apply_rotary_pos_emb": AxisRule(_rope),
     "npu::npu_rotary_mul": AxisRule(_rotary_mul),
-    "npu::npu_dynamic_quant": AxisRule(_rows_of("input")),
+    "npu::npu_dynamic_quant": AxisRule(row_wise("input")),
     "npu::npu_quant_matmul": AxisRule(_quant_matmul),
-    "npu::npu_moe_gating_top_k_softmax": AxisRule(_rows_of("x", "finished")),
-    "npu::npu_moe_gating_top_k": AxisRule(_rows_of("x")),
+    "npu::npu_moe_gating_top_k_softmax": AxisRule(row_wise("x", "finished")),
+    "npu::npu_moe_gating_top_k": AxisRule(row_wise("x")),
     "npu::npu_moe_init_routing": Routing(),
     "npu::npu_moe_init_routing_v2": Routing(),
     "npu::npu_moe_compute_expert_tokens": SortedRows(("sorted_expert_for_source_row",), only_counts=True),

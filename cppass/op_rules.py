@@ -1,6 +1,7 @@
 """The table: one row per op, the rule that says what it does to the token axis.
 
-To add an op, add a row. An op without a row runs on Full values: its inputs are gathered and the report says so.
+To add an op, add a row; for an op of another library, cppass.rule (docs/extending.md). An op without either runs on
+Full values: its inputs are gathered and the report says so.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import fx
 
 from cppass.moe_rules import IndexPutRule, RowsOfSort, SortRule, ValueRule, index_points
 from cppass.npu_rules import NPU_RULES, element_state
+from cppass.registry import registered_rule
 from cppass.rules import (
     Axes,
     AxisRule,
@@ -328,7 +330,7 @@ def rule_of(node: fx.Node) -> Rule | None:
         return NAMED_RULES[name_of(node)]
     if isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags:
         return None if torch.Tag.nondeterministic_seeded in target.tags else POINTWISE
-    return None
+    return registered_rule(node)
 
 
 # ops of other libraries, by name: their library may not be installed

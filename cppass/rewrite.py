@@ -24,7 +24,7 @@ from cppass.layout import Zigzag
 from cppass.match.kv import VIEWS
 from cppass.plan import SIZES, CPPlan, Full, Local
 from cppass.rules import Transfer, is_tensor, iter_nodes, shape_of, tensor_operands
-from cppass.site import AttentionSite, FusedAttention, Lengths, Rewrite
+from cppass.site import AttentionSite, FusedAttention, Lengths, Rewrite, readers
 from cppass.tokens import Size, State, Tokens, size_of, sizes_of
 
 aten = torch.ops.aten
@@ -56,6 +56,7 @@ class _Rewriter(Builder):
         self.gathered: dict[fx.Node, fx.Node] = {}
         self.gathering: set[fx.Node] = set()  # members of the merged gather that is being built
         self.site_of = {site.node: site for site in plan.sites}
+        self.reader_of = readers(plan.sites)
         self.sizes: dict[Size, fx.Node] = {}  # symbolic sizes by value, as new nodes
         self.local_size: dict[Size, Any] = {}
         self.in_order = {source for write in plan.slot_writes.values() for source in write.sources}
@@ -138,10 +139,12 @@ class _Rewriter(Builder):
         """A member of a merged gather: all members are computed, then one collective brings them all."""
         if node not in self.gathered:
             group = self.group_of[node]
+            outer, self.origin = self.origin, self.reader_of[node]
             self.gathering.update(n for n, _ in group)
             for (member, _), result in zip(group, self._gather(group), strict=True):
                 self.gathered[member] = result
             self.gathering.difference_update(n for n, _ in group)
+            self.origin = outer
         return self.gathered[node]
 
     def _gather(self, group: tuple[tuple[fx.Node, Tokens], ...]) -> list[fx.Node]:
@@ -224,6 +227,7 @@ class _Rewriter(Builder):
         return self.emit(aten.reshape.default if node.target in VIEWS else node.target, args, kwargs)
 
     def _attention(self, site: AttentionSite) -> fx.Node:
+        """This rank's rows of the output. The canonical op has heads first; [B, S, H, D] is turned and turned back."""
         query = self.local(site.query, Tokens(site.query_dim))
         key, value = self.full(site.key), self.full(site.value)
         mask: fx.Node | None = None
@@ -241,7 +245,10 @@ class _Rewriter(Builder):
             state = site.mask_state
             mask = self.full(site.mask) if state is None else self.local(site.mask, state)
         self.origin = site.node
-        return self.emit(
+        turned = site.query_dim == 1
+        if turned:
+            query, key, value = (self.emit(aten.transpose.int, (x, 1, 2)) for x in (query, key, value))
+        out = self.emit(
             torch.ops.cppass.attention.default,
             (
                 query,
@@ -256,6 +263,7 @@ class _Rewriter(Builder):
                 site.scale,
             ),
         )
+        return self.emit(aten.transpose.int, (out, 1, 2)) if turned else out
 
     def _fused(self, site: AttentionSite, fused: FusedAttention) -> fx.Node:
         """Both results of the op, for this rank's rows.

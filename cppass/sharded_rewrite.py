@@ -21,7 +21,7 @@ import cppass.ops  # noqa: F401  (defines torch.ops.cppass)
 from cppass.builder import Builder
 from cppass.rules import is_tensor
 from cppass.sharded_plan import ShardedPlan
-from cppass.site import AttentionSite
+from cppass.site import AttentionSite, readers
 
 OPTIONS = (
     *("num_heads", "num_key_value_heads", "scale", "sparse_mode", "pre_tokens", "next_tokens"),
@@ -45,6 +45,7 @@ class _Rewriter(Builder):
         super().__init__(graph)
         self.plan = plan
         self.site_of = {site.node: site for site in plan.sites}
+        self.reader_of = readers(plan.sites)
         self.group_of = {node: group for group in plan.groups for node in group}
         self.values: dict[fx.Node, fx.Node] = {}
         self.gathered: dict[fx.Node, fx.Node] = {}
@@ -78,9 +79,11 @@ class _Rewriter(Builder):
         if source not in self.gathered:
             group = self.group_of[source]
             values = [self.value(member) for member in group]
+            outer, self.origin = self.origin, self.reader_of.get(source, self.origin)
             made = self.emit(torch.ops.cppass.gather_sharded.default, (values, self.plan.cp_size))
             for i, member in enumerate(group):
                 self.gathered[member] = self.emit(operator.getitem, (made, i))
+            self.origin = outer
         return self.gathered[source]
 
     def _attention(self, site: AttentionSite) -> fx.Node:

@@ -53,7 +53,7 @@ def simulate(
         raise OptionError("CP003", f"cp_size={cp_size!r} is not allowed", "cp_size is an int of 1 or more")
     graphs = []
     for rank in range(cp_size if lower else 1):
-        own = _copied(gm, inputs)
+        own = traced(gm, inputs)
         base = {"cp_size": cp_size, "rank": rank, **options}
         report = run_pass(own, inputs, config, lower=lower, **base)
         graphs.append(own)
@@ -66,7 +66,8 @@ def simulate(
     return list(zip(outputs, given, strict=True))
 
 
-def _copied(gm: fx.GraphModule | Callable[..., Any], inputs: Sequence[Any]) -> fx.GraphModule:
+def traced(gm: fx.GraphModule | Callable[..., Any], inputs: Sequence[Any]) -> fx.GraphModule:
+    """A graph of its own of a function of tensors (static shapes), or of a module."""
     if isinstance(gm, fx.GraphModule):
         return copy.deepcopy(gm)
     from torch.fx.experimental.proxy_tensor import make_fx

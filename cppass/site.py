@@ -105,7 +105,7 @@ class FusedAttention:
 class AttentionSite:
     """One attention with its KV write. Shapes: query [B, Hq, S, D], key [B, Hkv, T, D], value [B, Hkv, T, E].
 
-    A FUSED site has them as its input layout says.
+    A FUSED site has them as its input layout says; another one with query_dim 1 has tokens before heads: [B, S, Hq, D].
 
     Attributes:
         form: name of the matched form.
@@ -154,3 +154,9 @@ class AttentionSite:
     @property
     def writes(self) -> tuple[fx.Node, ...]:
         return self.key_fresh.writes + self.value_fresh.writes
+
+
+def readers(sites: tuple[AttentionSite, ...]) -> dict[fx.Node, fx.Node]:
+    """New rows of keys and values -> the attention they are gathered for; the first one, where several read them."""
+    parts = [(part, site) for site in sites for part in (site.key_fresh, site.value_fresh)]
+    return {part.source: site.node for part, site in reversed(parts)}

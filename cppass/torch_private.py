@@ -181,6 +181,29 @@ def fake_like(like: torch.Tensor, of: torch.Tensor | None) -> torch.Tensor:
         return FakeTensor(mode, elem, like.device)
 
 
+def overload_of(op: Any) -> Any:
+    """The overload behind "ns::op", "ns::op.overload", torch.ops.ns.op, or what torch.library.custom_op returned.
+
+    Raises:
+        LookupError: there is no such op, or it has several overloads and none is named; says which there are.
+    """
+    if isinstance(op, torch._ops.OpOverload):
+        return op
+    packet, wanted = getattr(op, "_opoverload", op), "default"
+    if isinstance(op, str):
+        namespace, _, name = op.partition("::")
+        name, _, overload = name.partition(".")
+        packet, wanted = getattr(getattr(torch.ops, namespace or "?"), name or "?", None), overload or "default"
+    if isinstance(packet, torch._ops.OpOverload):
+        return packet
+    if not isinstance(packet, torch._ops.OpOverloadPacket):
+        raise LookupError("there is no such op (yet)")
+    known = packet.overloads()  # type: ignore[no-untyped-call]
+    if wanted not in known:
+        raise LookupError(f"name one of its overloads: {', '.join(known)}")
+    return getattr(packet, wanted)
+
+
 def without_fakes() -> AbstractContextManager[Any]:
     """Real tensors can be made in here while Dynamo or a compiler has its fake mode on."""
     return unset_fake_temporarily()

@@ -15,6 +15,7 @@ from cppass.fused_op import OPS
 from cppass.match.eager import match_eager
 from cppass.match.fused import match_fused
 from cppass.match.sdpa import match_flash_for_cpu, match_sdpa
+from cppass.registry import registered_form, registered_rule
 from cppass.rules import is_tensor, name_of
 from cppass.site import AttentionSite
 
@@ -69,7 +70,7 @@ def find_sites(graph: fx.Graph) -> Found:
 
 def matcher_of(node: fx.Node) -> Match | None:
     """What reads attention of this node's form, None where the node is no known attention."""
-    return MATCHERS.get(node.target) or NAMED_MATCHERS.get(name_of(node))
+    return MATCHERS.get(node.target) or NAMED_MATCHERS.get(name_of(node)) or registered_form(node)
 
 
 def _fused_write(node: fx.Node) -> Refusal | None:
@@ -126,11 +127,11 @@ def _looks_like_attention(node: fx.Node) -> Refusal | None:
     if not is_tensor(node):
         return None
     name = op_of(node).lower()
-    if not any(word in name for word in ATTENTION_WORDS):
+    if not any(word in name for word in ATTENTION_WORDS) or registered_rule(node) is not None:
         return None
     return refuse(
         "CP101",
         node,
         f"{op_of(node)} is attention in a form that cppass does not know",
-        "use scaled_dot_product_attention (attn_implementation='sdpa'), or add a matcher to cppass/match",
+        "use scaled_dot_product_attention (attn_implementation='sdpa'), or register a site form (docs/extending.md)",
     )

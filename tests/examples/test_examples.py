@@ -42,6 +42,17 @@ def test_prefill_and_decode_in_separate_processes() -> None:
     assert "sharded" not in ended.stdout  # decode runs without context parallelism
 
 
+def test_custom_rule() -> None:
+    ended = run("custom_rule.py")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("equal to one device: True") == 2
+    before, after = (ended.stdout.split(title)[1] for title in ("without a rule: ", "with a rule: "))
+    assert before.startswith("3 collectives")
+    assert "mylib.gated_mlp.default has no rule" in before.split("with a rule")[0]
+    assert after.startswith("2 collectives")
+    assert "has no rule" not in after
+
+
 def test_qwen3_235b_fits_its_devices() -> None:
     ended = run("qwen3_235b.py")
     weights = [float(n) for n in re.findall(r"weights ([\d.]+) GB", ended.stdout)]

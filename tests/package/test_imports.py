@@ -24,9 +24,9 @@ LAYERS = [  # a module imports from its own row and the rows above it
         "sharded_ops",
     },
     {"ops", "rules", "target"},
+    {"shapes", "axes", "registry"},
     {"party", "fingerprint"},
     {"guard", "step_tag"},
-    {"shapes"},
     {"emitter", "schedule"},
     {"site", "npu_rules"},
     {
@@ -48,6 +48,7 @@ LAYERS = [  # a module imports from its own row and the rows above it
     {"inspection"},
     {"api", "backend", "hook"},
     {"simulator"},
+    {"extend"},
     {"cppass"},
     {"bench", "demo", "cli", "cli_explain", "usage", "doctor"},
 ]
