@@ -36,17 +36,17 @@ print(*cppass.registered())
 """
 
 
-def lines(folder: Path, text: str, argument: str) -> str:
-    script = folder / "script.py"
-    script.write_text(text)
-    command = [sys.executable, str(script), argument]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def test_the_same_in_every_process(tmp_path: Path) -> None:
-    first = lines(tmp_path, SCRIPT, "x")
-    assert first.startswith("rule idtest::norm: __main__.over.<locals>.rule, sha256 ")
-    assert lines(tmp_path, SCRIPT, "x") == first
+def test_the_same_in_every_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    command = [str(script), "x,y"]
+    there = subprocess.run([sys.executable, *command], check=True, capture_output=True, text=True).stdout
+    monkeypatch.setattr(sys, "argv", command)
+    runpy.run_path(str(script), run_name="__main__")
+    assert there == capsys.readouterr().out
+    assert there.startswith("rule idtest::norm: __main__.over.<locals>.rule, sha256 ")
 
 
 def test_kinds_print_as_they_were_written() -> None:
