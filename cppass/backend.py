@@ -20,6 +20,7 @@ from cppass.config import CPConfig
 from cppass.errors import CPError, CPWarning, InternalError, OptionError, PeerError, Unsupported, refused_error
 from cppass.fingerprint import fingerprint
 from cppass.guard import agreed, agreed_once, varying_inputs
+from cppass.logs import log_graph
 from cppass.party import party_of
 from cppass.pipeline import rewrite_graph
 from cppass.ranks import ranks_of
@@ -105,6 +106,7 @@ def compile_graph(
     varying = varying_inputs(gm, input_names)
     if report.status == REWRITTEN:
         target.lower(gm, ranks, config)
+        log_graph("lowered", gm.graph)
     run = target.compile(gm, example_inputs, inner)
     if party and mark:
         shared = report.status == REWRITTEN

@@ -21,6 +21,7 @@ from cppass.config import CPConfig
 from cppass.errors import CPError, OptionError, refused_error
 from cppass.fingerprint import fingerprint
 from cppass.guard import compare
+from cppass.logs import log_graph
 from cppass.party import party_of
 from cppass.pipeline import rewrite_graph
 from cppass.ranks import ranks_without_group
@@ -73,6 +74,7 @@ def _run(config: CPConfig, ranks: Ranks, gm: fx.GraphModule, compiler_config: An
     if report.status == REWRITTEN:
         target = load("npu")
         target.lower(gm, ranks, config)
+        log_graph("lowered", gm.graph)
         _check_lengths(target, gm, compiler_config)
 
 

@@ -13,6 +13,7 @@ from cppass.cost.hardware import HARDWARE, Hardware
 from cppass.errors import Refusal
 from cppass.explain_node import op_of, refuse
 from cppass.gate import break_even
+from cppass.logs import log_graph, log_plan, log_sites
 from cppass.match import find_sites, outside_notes
 from cppass.plan import CPPlan, make_plan
 from cppass.prepare import prepare
@@ -100,6 +101,7 @@ def run_stages(
     graph = prepare(gm)
     found = find_sites(graph)
     base = Report(LEFT_ALONE, cp_size=cp_size, sites=tuple(describe_site(s) for s in found.sites))
+    log_sites(graph, base.sites, found.refusals)
     if found.sites:
         base = dataclasses.replace(base, tokens=_tokens_text(found.sites[0]))
     if cp_size == 1:
@@ -123,6 +125,7 @@ def run_stages(
         if reason:
             return Stages(dataclasses.replace(base, reason=reason), graph, found.sites)
     plan = make_plan(graph, found.sites, reach, step, config.strict)
+    log_plan(plan)
     refusals += tuple(r for r in plan.refusals if not _said_before(r, refusals))
     if refusals:
         return Stages(_refused(base, refusals), graph, found.sites, plan)
@@ -130,6 +133,7 @@ def run_stages(
     notes += tuple(f"gathered {g.node.name}: {g.why}" for g in plan.gathered if not g.expected)
     report = dataclasses.replace(base, status=REWRITTEN, gathers=describe_gathers(plan), notes=notes)
     rewritten = rewrite(graph, plan)
+    log_graph("rewritten", rewritten)
     verify(rewritten, plan)
     return Stages(report, graph, found.sites, plan, rewritten)
 
@@ -176,6 +180,7 @@ def _run_sharded(
     graph = prepare(gm)
     found = find_sites(graph)
     base = Report(LEFT_ALONE, cp_size=cp_size, sites=tuple(describe_site(s) for s in found.sites))
+    log_sites(graph, base.sites, found.refusals)
     entering = entering_inputs(graph, config.sharded_inputs, input_names)
     refusals = (*found.refusals, *_collectives(graph, group_name), *_unnamed(found.sites, entering, config))
     if refusals:
@@ -184,12 +189,14 @@ def _run_sharded(
         reason = "one rank: there is nothing to share" if cp_size == 1 else "no sharded input in this graph"
         return Stages(dataclasses.replace(base, reason=reason), graph, found.sites)
     plan = make_sharded_plan(graph, found.sites, entering, cp_size, config.remainder or "balanced")
+    log_plan(plan)
     if plan.refusals:
         return Stages(_refused(base, plan.refusals), graph, found.sites, plan)
     if not plan.sites:
         reason = "no attention in this graph, and every op of it is row by row"
         return Stages(dataclasses.replace(base, reason=reason), graph)
     rewritten = rewrite_sharded(graph, plan)
+    log_graph("rewritten", rewritten)
     verify_sharded(rewritten, plan)
     tokens = f"{plan.rows} local rows"
     report = dataclasses.replace(base, status=REWRITTEN, tokens=tokens, gathers=describe_sharded(plan))

@@ -10,6 +10,7 @@ from torch import fx
 
 from cppass.errors import Refusal
 from cppass.explain_node import module_of, op_of, source_of
+from cppass.logs import log_report
 from cppass.match.kv import write_of
 from cppass.plan import CPPlan, Full
 from cppass.rules import shape_of
@@ -31,6 +32,10 @@ class SiteReport:
     mask: str
     where: str
     module: str = ""
+
+    def __str__(self) -> str:
+        place = f"\n  from {self.where}" if self.where else ""
+        return f"{self.name}: {self.form}, {self.kv_write}, {self.mask}; {self.rewrite}{place}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,6 +234,7 @@ _lock = threading.Lock()
 def record(report: Report) -> None:
     with _lock:
         _reports.append(report)
+    log_report(report)
 
 
 def reports() -> tuple[Report, ...]:

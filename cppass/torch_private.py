@@ -204,6 +204,25 @@ def overload_of(op: Any) -> Any:
     return getattr(packet, wanted)
 
 
+def trace_artifact(name: str, encoding: str, payload: Callable[[], Any]) -> None:
+    """An artifact in the log that TORCH_TRACE asks for; `payload` is called only where there is one.
+
+    Args:
+        encoding: "string", or "json" for lists and dicts.
+    """
+    torch._logging.trace_structured(  # type: ignore[attr-defined]
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": encoding},
+        payload_fn=payload,
+        expect_trace_id=False,
+    )
+
+
+def profiling() -> bool:
+    """Whether torch.profiler records in this thread."""
+    return bool(torch.autograd._profiler_enabled())  # type: ignore[attr-defined]
+
+
 def without_fakes() -> AbstractContextManager[Any]:
     """Real tensors can be made in here while Dynamo or a compiler has its fake mode on."""
     return unset_fake_temporarily()

@@ -24,7 +24,7 @@ LAYERS = [  # a module imports from its own row and the rows above it
         "sharded_ops",
     },
     {"ops", "rules", "target"},
-    {"shapes", "axes", "registry"},
+    {"shapes", "axes", "registry", "logs"},
     {"party", "fingerprint"},
     {"guard", "step_tag"},
     {"emitter", "schedule"},
