@@ -13,12 +13,15 @@ Under a causal mask row p costs p keys, so every rank's two blocks cost the same
 """
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from cppass.layout import Zigzag
+from cppass.torch_private import profiling
 
 __all__ = ["zigzag_attention"]
 
@@ -90,21 +93,27 @@ def zigzag_attention(
 
     local = 0  # this block's first local row
     with torch.no_grad():
-        for position, real in layout.spans(rank):
+        for half, (position, real) in enumerate(layout.spans(rank)):
             limited = (mask is not None and not whole) or 0 < window < prefix + position + real
-            for first, last in _pieces(real, _MASKED_ROWS if limited else _CAUSAL_ROWS):
-                rows = slice(local + first, local + last)
-                start = prefix + position + first  # this piece's first position among the keys
-                if not causal:
-                    mask_rows = mask_NNNN if mask_NNNN is None or whole else mask_NNNN[:, :, rows]
-                    out = _visible(q[:, :, rows], k, v, mask_rows, scale)
-                elif limited:
-                    out = _windowed(q[:, :, rows], k, v, start, window, scale)
-                else:
-                    out = _causal(q[:, :, rows], k, v, start, scale)
-                out_BHSE[:, :, rows] = out[..., :E]
+            with _named(f"cppass half {half}: {real} rows from {position} on"):
+                for first, last in _pieces(real, _MASKED_ROWS if limited else _CAUSAL_ROWS):
+                    rows = slice(local + first, local + last)
+                    start = prefix + position + first  # this piece's first position among the keys
+                    if not causal:
+                        mask_rows = mask_NNNN if mask_NNNN is None or whole else mask_NNNN[:, :, rows]
+                        out = _visible(q[:, :, rows], k, v, mask_rows, scale)
+                    elif limited:
+                        out = _windowed(q[:, :, rows], k, v, start, window, scale)
+                    else:
+                        out = _causal(q[:, :, rows], k, v, start, scale)
+                    out_BHSE[:, :, rows] = out[..., :E]
             local += real
     return out_BHSE
+
+
+def _named(text: str) -> AbstractContextManager[Any]:
+    """A range of that name in a profile; nothing where no profiler records."""
+    return torch.profiler.record_function(text) if profiling() else nullcontext()
 
 
 def _causal(q_BHMD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor, start: int, scale: float) -> Tensor:
