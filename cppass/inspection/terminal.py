@@ -5,9 +5,10 @@ from __future__ import annotations
 from rich.console import Console
 from rich.padding import Padding
 from rich.rule import Rule
+from rich.table import Table
 from rich.text import Text
 
-from cppass.inspection.text import graphs_as_text, lines
+from cppass.inspection.text import KEY_WIDTH, graphs_as_text, lines
 from cppass.inspection.views import Explanation
 
 STYLES = {
@@ -28,7 +29,14 @@ def show(explanation: Explanation, console: Console, graphs: bool = False) -> No
         if line.style == "head":
             console.print()
         text = Text(line.text, style=STYLES[line.style])
-        console.print(Padding(text, (0, 0, 0, 2 * line.indent), expand=False))
+        if line.key:
+            row = Table.grid()
+            row.add_column(width=2 * line.indent + KEY_WIDTH)
+            row.add_column(overflow="fold")
+            row.add_row(Padding(Text(line.key, style="dim"), (0, 0, 0, 2 * line.indent)), text)
+            console.print(row)
+        else:
+            console.print(Padding(text, (0, 0, 0, 2 * line.indent), expand=False))
     if graphs:
         console.print(Rule(style="dim"))
         console.print(graphs_as_text(explanation.graph_view), markup=False, highlight=False, soft_wrap=True, end="")

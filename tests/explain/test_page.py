@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from explain.browser import Watched, browser, opened
 from explain.models import HOSTILE, explained, hostile
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
+import cppass
 from cppass.inspection.modules import tree_of
 from cppass.inspection.views import NodeView
 
@@ -72,6 +76,28 @@ def test_text_of_a_model_makes_no_markup() -> None:
     assert HOSTILE not in hostile().to_html()
 
 
+def test_a_module_may_be_called_anything() -> None:
+    """The whole way from a model's own module names and class names to the page and the text."""
+    name = "<img src=x onerror=alert(1)>"
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.add_module(name, nn.Linear(8, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = getattr(self, name)(x)
+            return scaled_dot_product_attention(x, x, x, is_causal=True)
+
+    Odd.__name__ = Odd.__qualname__ = "<b>Odd</b>"
+    found = cppass.explain(Odd().eval(), torch.ones(1, 2, 16, 8), cp_size=2)
+    assert [m.path for m in found.graph_view.modules.children] == [name]
+    assert name in str(found) and "<b>Odd</b>" in str(found)
+    page = found.to_html()
+    assert "img" not in {tag for tag, _ in Tags(page).tags}
+    assert name not in page and "<b>Odd" not in page
+
+
 def test_a_page_names_nothing_outside_of_itself(pages: dict[str, Path]) -> None:
     for path in pages.values():
         addresses = [
@@ -101,7 +127,8 @@ def test_search_finds_nodes_and_slash_reaches_it(rewritten: Watched) -> None:
     page.wait_for_selector("#count:has-text(' of ')")
     found = page.locator("#list .row")
     assert found.count() > 0
-    assert all("layers.2.attention" in text and "local" in text for text in found.all_inner_texts())
+    texts = found.all_inner_texts()
+    assert all("layers.2.attention" in text and ("local" in text or "gathered" in text) for text in texts)
     page.keyboard.press("Enter")
     assert page.get_attribute("#list .row >> nth=0", "aria-selected") == "true"
     assert "layers.2.attention" in page.inner_text("#detail")
@@ -157,6 +184,20 @@ def test_the_list_is_used_by_keyboard(rewritten: Watched) -> None:
     assert page.evaluate("document.activeElement.id") == "list"
 
 
+def test_weights_are_shown_on_demand(rewritten: Watched) -> None:
+    page = rewritten.page
+    few = page.inner_text("#count")
+    page.fill("#search", "layers.1.attention.qkv aten.t")
+    page.wait_for_selector("#count:has-text('1 of ')")
+    page.locator("#list .row").click()
+    page.locator("#detail .link").first.click()
+    assert page.is_checked("#weights")
+    assert "input layers.1.attention.qkv.weight" in page.inner_text("#list [aria-selected='true']")
+    assert page.inner_text("#count") != few
+    page.uncheck("#weights")
+    assert page.inner_text("#count") == few
+
+
 def test_before_and_after_side_by_side(rewritten: Watched) -> None:
     page = rewritten.page
     page.locator("#tab-nodes").focus()
@@ -164,11 +205,12 @@ def test_before_and_after_side_by_side(rewritten: Watched) -> None:
     page.keyboard.press("ArrowRight")
     assert page.get_attribute("#tab-rows", "aria-selected") == "true"
     page.fill("#search", "cppass.gather")
-    page.wait_for_selector("#list .cell.new")
+    page.wait_for_selector("#count:has-text(' of ')")
     assert all("cppass.gather" in text for text in page.locator("#list .cell.new").all_inner_texts())
     page.fill("#search", "")
+    page.wait_for_selector("#count:not(:has-text(' of '))")
     page.check("#only")
-    page.wait_for_selector("#count:has-text(' of ')")
+    assert " of " in page.inner_text("#count")
     kinds = page.eval_on_selector_all("#list .row", "rows => rows.map(r => [...r.children].map(c => c.className))")
     assert all(pair != ["cell ", "cell "] for pair in kinds)
 
