@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import socket
 from pathlib import Path
 
@@ -17,6 +18,7 @@ pytestmark = pytest.mark.timeout(600)  # the first test of a page on ranks waits
 
 BLOCKS = {page: blocks for page in PAGES if (blocks := blocks_of(page))}
 CASES = [(page, line) for page, lines in BLOCKS.items() for line in lines]
+SKIP = re.compile(r'^<!--- skip: next "?([^"\n]*)', re.MULTILINE)
 LANGUAGES = {"python", "text", "bash", "sh", "yaml", "toml"}  # a block in any other would be run by nobody
 
 
@@ -77,6 +79,12 @@ def test_no_block_is_missed() -> None:
 def _language(page: str, line: int) -> str:
     text = (ROOT / page).read_text(encoding="utf-8").splitlines()[line - 1]
     return text.strip().removeprefix("```").split()[0]
+
+
+def test_blocks_that_are_not_run_are_counted_and_say_why() -> None:
+    reasons = [r for page in PAGES for r in SKIP.findall((ROOT / page).read_text(encoding="utf-8"))]
+    assert len(reasons) == 2
+    assert all(len(reason) > 20 for reason in reasons)
 
 
 def test_a_broken_block_fails_and_what_follows_is_not_run(tmp_path: Path) -> None:
