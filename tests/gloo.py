@@ -18,12 +18,16 @@ import cppass  # noqa: F401  (before torch: it lets torch_npu be imported where 
 TIMEOUT = 600  # seconds for everything a set of ranks does
 
 
-def on_ranks(cp_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """Run function(rank, *args) on cp_size ranks; results by rank. A failing rank fails the test with its traceback."""
+def on_ranks(cp_size: int, function: Callable[..., Any], *args: Any, group: bool = True) -> list[Any]:
+    """Run function(rank, *args) on cp_size ranks; results by rank. A failing rank fails the test with its traceback.
+
+    Args:
+        group: False leaves it to the function to make a process group.
+    """
     with tempfile.TemporaryDirectory() as folder:
         context = mp.get_context("spawn")
         ranks = [
-            context.Process(target=_rank, args=(rank, cp_size, folder, function, args), daemon=True)
+            context.Process(target=_rank, args=(rank, cp_size, folder, function, args, group), daemon=True)
             for rank in range(cp_size)
         ]
         for process in ranks:
@@ -39,15 +43,19 @@ def on_ranks(cp_size: int, function: Callable[..., Any], *args: Any) -> list[Any
         return [torch.load(Path(folder, f"result{rank}"), weights_only=False) for rank in range(cp_size)]
 
 
-def _rank(rank: int, cp_size: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _rank(
+    rank: int, cp_size: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...], group: bool
+) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", cp_size)
     try:
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=cp_size)
+        if group:
+            store = dist.FileStore(f"{folder}/store", cp_size)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=cp_size)
         torch.save(function(rank, *args), f"{folder}/result{rank}")
-        dist.barrier()
-        dist.destroy_process_group()
+        if group:
+            dist.barrier()
+            dist.destroy_process_group()
     except BaseException:
         Path(folder, f"error{rank}").write_text(f"rank {rank}:\n{traceback.format_exc()}")
         os._exit(1)

@@ -92,15 +92,14 @@ def run_case(case: Case) -> Outcome:
     ids = qwen.token_ids(case.batch, case.tokens)
     expected_cache = qwen.cache(case.cache, model.config, case.batch)
     cache = qwen.cache(case.cache, model.config, case.batch)
-    options = {"use_cache": cache is not None}
     compiled = torch.compile(model, backend="npu_cp", dynamic=case.dynamic)
     with torch.no_grad():
-        compiled(ids, past_key_values=qwen.cache(case.cache, model.config, case.batch), **options)
+        compiled(ids, **qwen.handed(qwen.cache(case.cache, model.config, case.batch)))
         report = cppass.reports()[-1]
         with counting() as one_device:
-            expected = model(ids, past_key_values=expected_cache, **options).logits
+            expected = model(ids, **qwen.handed(expected_cache)).logits
         with counting() as ours:
-            logits = compiled(ids, past_key_values=cache, **options).logits
+            logits = compiled(ids, **qwen.handed(cache)).logits
     assert report.collectives == ours.collectives, (report, ours.collectives)
     pairs = list(zip(qwen.rows(expected_cache), qwen.rows(cache), strict=True))
     return Outcome(

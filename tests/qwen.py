@@ -16,6 +16,8 @@ from transformers import (
     StaticCache,
 )
 
+from cppass.demo.model import cache_argument
+
 LAYERS, KV_HEADS, HEAD_DIM, VOCABULARY, CACHE_ROWS = 2, 2, 16, 128, 96
 
 
@@ -51,6 +53,11 @@ def cache(kind: str, config: Any, batch: int) -> Cache | None:
     if kind == "static early":
         static.early_initialization(batch, KV_HEADS, HEAD_DIM, torch.float32, torch.device("cpu"))
     return static
+
+
+def handed(cache: Cache | None) -> dict[str, Any]:
+    """A cache as an argument of a model, under the name that the installed transformers has for it."""
+    return {cache_argument(Qwen3ForCausalLM.forward): cache, "use_cache": cache is not None}
 
 
 def rows(cache: Cache | None) -> list[torch.Tensor]:

@@ -55,8 +55,8 @@ def steps(model: Any, run: Any, kind: str, lengths: list[int], **kwargs: Any) ->
     with torch.no_grad():
         for length in lengths:
             chunk = ids[:, start : start + length]
-            expected = model(chunk, past_key_values=theirs, use_cache=True, **kwargs).logits
-            worst = max(worst, difference(expected, run(chunk, past_key_values=ours, use_cache=True, **kwargs).logits))
+            expected = model(chunk, **qwen.handed(theirs), **kwargs).logits
+            worst = max(worst, difference(expected, run(chunk, **qwen.handed(ours), **kwargs).logits))
             start += length
     return worst, max(difference(a, b) for a, b in zip(qwen.rows(theirs), qwen.rows(ours), strict=True))
 

@@ -22,6 +22,7 @@ from cppass.bench.ratio import Ratio
 from cppass.bench.table import Bars, Table
 from cppass.config import CPConfig
 from cppass.demo.display import Display
+from cppass.demo.model import cache_argument
 from cppass.errors import CPError
 from cppass.pipeline import rewrite_graph
 from cppass.report import REWRITTEN
@@ -224,7 +225,7 @@ def compile_once(case: Case) -> Sample:
     start = time.perf_counter()
     try:
         with torch.no_grad():
-            forward(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            forward(input_ids=ids, use_cache=True, logits_to_keep=1, **{cache_argument(model.forward): cache})
     except _Reached:
         pass
     whole = time.perf_counter() - start

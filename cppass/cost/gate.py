@@ -22,6 +22,11 @@ def break_even_tokens(
 ) -> int:
     """The smallest even step (2P divides it) from which on P ranks are predicted to beat one device, or NEVER.
 
+        one(S) = max(S a, W) + S (S + 1) / 2 b            P ranks: max(S a / P, W) + S (S + 1) / 2 b / P + S g + c
+
+    a, b, g are seconds of a token, a pair and a gathered token, W those of reading weights, c those of collectives that
+    move nothing and of launches. No overlap is assumed; a cached prefix, which favours the ranks, is left out.
+
     Args:
         flops_per_token: FLOPs of all matmuls of the graph, per token.
         attention_flops_per_pair: FLOPs of all attention sites, per (query, key) pair: 4 * heads * head_dim each.
@@ -29,11 +34,6 @@ def break_even_tokens(
         sites: attention sites: each adds one collective, one attention call and one reordering.
         weight_bytes: bytes of the matmuls' weights. Every rank reads them all: short steps gain nothing while they wait
             for them, so without this the answer is too low.
-
-        one(S) = max(S a, W) + S (S + 1) / 2 b            P ranks: max(S a / P, W) + S (S + 1) / 2 b / P + S g + c
-
-    a, b, g are seconds of a token, a pair and a gathered token, W those of reading weights, c those of collectives that
-    move nothing and of launches. No overlap is assumed; a cached prefix, which favours the ranks, is left out.
     """
     if cp_size < 2:
         return NEVER

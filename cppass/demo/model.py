@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,17 +27,18 @@ class HuggingFace:
         self._job = job
 
     def begin(self) -> Conversation:
-        return Conversation(fresh_cache(self._job, self.module))
+        return Conversation(fresh_cache(self._job, self.module), cache_argument(self.module.forward))
 
 
 class Conversation:
     """A Session on a cache of transformers, or on none."""
 
-    def __init__(self, cache: Cache | None) -> None:
-        self._cache = cache
+    def __init__(self, cache: Cache | None, argument: str) -> None:
+        self._cache, self._argument = cache, argument
 
     def step(self, forward: Forward, ids: torch.Tensor) -> torch.Tensor:
-        out = forward(input_ids=ids, past_key_values=self._cache, use_cache=self._cache is not None, logits_to_keep=1)
+        cache = {self._argument: self._cache}
+        out = forward(input_ids=ids, use_cache=self._cache is not None, logits_to_keep=1, **cache)
         logits: torch.Tensor = out.logits[:, -1]
         return logits
 
@@ -126,6 +129,11 @@ def fresh_cache(job: Job, model: PreTrainedModel) -> Cache | None:
     config = model.config.get_text_config(decoder=True)
     cache.early_initialization(job.batch, _kv_heads(config), _head_dim(config), model.dtype, model.device)
     return cache
+
+
+def cache_argument(forward: Callable[..., Any]) -> str:
+    """What a model's forward calls its cache: "cache" since transformers 5.24, "past_key_values" before."""
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
 def keys_and_values(cache: Cache | None) -> list[torch.Tensor]:

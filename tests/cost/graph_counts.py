@@ -8,7 +8,7 @@ import math
 from typing import Any
 
 import torch
-from qwen import model, token_ids
+from qwen import handed, model, token_ids
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 from transformers import DynamicCache
@@ -50,11 +50,11 @@ def counted(family: str, tokens: int, cp_size: int, prefix: int) -> Counted:
     past = DynamicCache(config=net.config)
     with torch.no_grad():
         if prefix:
-            net(token_ids(1, prefix), past_key_values=past)
+            net(token_ids(1, prefix), **handed(past))
         torch._dynamo.reset()
         try:
             compiled = torch.compile(net, backend=backend, dynamic=False)
-            compiled(token_ids(1, tokens), past_key_values=past, logits_to_keep=1)
+            compiled(token_ids(1, tokens), **handed(past), logits_to_keep=1)
         except torch._dynamo.exc.BackendCompilerFailed as error:
             if not isinstance(error.inner_exception, _Enough):
                 raise

@@ -7,8 +7,6 @@ from cost.graph_counts import counted, shape_of
 
 from cppass.cost.formulas import CP, LAST_ROW, exact, total_flops, total_received
 
-pytestmark = pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")  # transformers >= 5.24
-
 CASES = [
     (family, cp_size, prefix) for family in ("dense", "moe") for cp_size, prefix in ((2, 0), (4, 0), (64, 0), (4, 24))
 ] + [("moe-batched", 2, 0)]

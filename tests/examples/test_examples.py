@@ -21,6 +21,39 @@ def run(script: str, *options: str, ranks: int = 0) -> subprocess.CompletedProce
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, env=environment, check=False)
 
 
+def test_tour() -> None:
+    """It starts its ranks by itself; docs/tour.md shows what it prints."""
+    ended = run("tour.py")
+    assert "same tokens as one device: True" in ended.stdout, ended.stderr
+    (difference,) = re.findall(r"largest difference from one device: (\S+)", ended.stdout)
+    assert float(difference) < 1e-4
+    page = (ROOT / "docs" / "tour.md").read_text(encoding="utf-8")
+    shown = page.split("<!-- printed by examples/tour.py -->")[1].split("```")[1].removeprefix("text\n")
+    assert without_digits_of(difference, ended.stdout) == without_digits_of(r"\d\.\de-\d+", shown)
+
+
+def without_digits_of(difference: str, printed: str) -> str:
+    """Rounding differs from machine to machine; nothing else does."""
+    return re.sub(difference, "x", printed)
+
+
+def test_npu_hook() -> None:
+    """Under torchair; tests/npu/test_npu_ranks.py has the same under npugraph_ex."""
+    ended = run("npu_hook.py", "--compiler", "torchair", ranks=2)
+    assert ended.returncode == 0, ended.stderr
+    (difference,) = re.findall(r"torchair: largest difference from one device: (\S+)", ended.stdout)
+    assert float(difference) < 1e-4
+    assert "2 attention sites" in ended.stdout
+
+
+def test_every_example_is_listed_and_run() -> None:
+    listed = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+    tests = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    for example in (ROOT / "examples").glob("*.py"):
+        assert f"[{example.name}]({example.name})" in listed
+        assert f'"{example.name}"' in tests
+
+
 def test_hugging_face() -> None:
     ended = run("hugging_face.py", ranks=2)
     assert "tokens equal one device: True" in ended.stdout, ended.stderr
