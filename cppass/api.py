@@ -79,8 +79,13 @@ def explain(
 
     Returns:
         The report of the graph with most attention sites; `notes` name the other graphs of the model (graph breaks).
+
+    Raises:
+        CPError: wrong options, or CP106, Dynamo captured no graph.
     """
-    config = CPConfig.from_options({**(options or {}), "cp_size": cp_size})
+    config = CPConfig.merged(CPConfig.from_options(options), {"cp_size": cp_size})
+    if config.cp_size is None:
+        raise OptionError("CP003", "cp_size=None is not allowed", "cp_size is an int of 1 or more")
     found: list[Report] = []
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -93,8 +98,13 @@ def explain(
         return aot_autograd(fw_compiler=look, keep_inference_input_mutations=True)(gm, example_inputs)
 
     torch._dynamo.reset()
-    with torch.no_grad():
-        torch.compile(model, backend=backend, dynamic=dynamic)(*args, **kwargs)
+    try:
+        with torch.no_grad():
+            torch.compile(model, backend=backend, dynamic=dynamic)(*args, **kwargs)
+    except Exception as error:
+        if isinstance(ours := unwrap(error), CPError):
+            raise ours from None
+        raise
     if not found:
         raise CPError("CP106", "Dynamo captured no graph of this model", "see TORCH_LOGS=graph_breaks")
     best = max(found, key=lambda r: len(r.sites))
