@@ -21,7 +21,7 @@ from cppass.errors import Refusal
 from cppass.explain_node import refuse
 from cppass.match.kv import SAME, VIEWS, fresh_rows, peel_repeat, skip_same, write_of
 from cppass.match.mask import causal_mask
-from cppass.rules import argument, is_tensor, shape_of, tensor_operands
+from cppass.rules import argument, is_random, is_tensor, shape_of, tensor_operands
 from cppass.site import AttentionSite, Fresh, Rewrite
 from cppass.tokens import product
 
@@ -44,6 +44,13 @@ def match_eager(softmax: fx.Node) -> AttentionSite | Refusal | None:
     out = _product_below(softmax)
     if scores is None:
         return None
+    if out is None and _is_dropped(softmax):
+        return refuse(
+            "CP102",
+            softmax,
+            "attention with dropout: ranks would drop different weights than one device",
+            "call model.eval(), or set the model's attention_dropout to 0",
+        )
     if out is None:
         return refuse(
             "CP101",
@@ -52,6 +59,28 @@ def match_eager(softmax: fx.Node) -> AttentionSite | Refusal | None:
             "use scaled_dot_product_attention (attn_implementation='sdpa')",
         )
     return _plain(softmax, scores, out) or _rowwise(softmax, scores, out)
+
+
+def scores_are_given(softmax: fx.Node) -> bool:
+    """Attention whose scores [.., S, T] are an input of the graph: a graph break has cut it in two."""
+    source, out = softmax.args[0], _product_below(softmax)
+    while isinstance(source, fx.Node) and source.op == "call_function" and tensor_operands(source):
+        source = tensor_operands(source)[0]
+    given = isinstance(source, fx.Node) and source.op == "placeholder" and len(shape_of(source)) >= 3
+    return given and out is not None and _is_activation(_factors(out)[1])
+
+
+def _is_dropped(softmax: fx.Node) -> bool:
+    """Random numbers fall on the weights before they meet the values."""
+    stack, seen = list(softmax.users), set[fx.Node]()
+    while stack and len(seen) < 32:
+        node = stack.pop(0)
+        if is_random(node):
+            return True
+        if node not in seen and node.target not in PRODUCTS:
+            seen.add(node)
+            stack.extend(node.users)
+    return False
 
 
 def _product_above(node: object) -> fx.Node | None:
