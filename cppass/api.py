@@ -105,7 +105,11 @@ def explain_call(
     hardware: str | Hardware | None = None,
 ) -> tuple[Explanation, Any]:
     """The same, and what the model returned."""
-    config = CPConfig.from_options({**(options or {}), "cp_size": cp_size})
+    config = CPConfig.merged(CPConfig.from_options(options), {"cp_size": cp_size})
+    if config.cp_size is None:
+        raise OptionError("CP003", "cp_size=None is not allowed", "cp_size is an int of 1 or more")
+    if not callable(model):
+        raise OptionError("CP009", f"explain takes a model or function, not {type(model).__name__}", "pass the model")
     device = _hardware(hardware)
     found: list[Seen] = []
 
@@ -130,11 +134,10 @@ def explain_call(
     try:
         with torch.no_grad():
             result = torch.compile(model, backend=backend, dynamic=dynamic)(*args, **kwargs)
-    except torch._dynamo.exc.BackendCompilerFailed as error:
-        ours = unwrap(error)
-        if ours is error:
-            raise
-        raise ours from error
+    except Exception as error:
+        if isinstance(ours := unwrap(error), CPError):
+            raise ours from None
+        raise
     if not found:
         raise CPError("CP106", "Dynamo captured no graph of this model", "see TORCH_LOGS=graph_breaks")
     breaks = tuple(r for r, times in torch_private.graph_breaks().items() if times > broken.get(r, 0))
