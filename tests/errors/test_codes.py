@@ -11,11 +11,15 @@ import pytest
 import torch.distributed as dist
 from errors.bad import Bad, raised
 from errors.call_triggers import CALLS, commands
+from errors.extension_triggers import EXTENSIONS
 from errors.graph_triggers import GRAPHS
 
 ROOT = Path(__file__).parents[2]
 ELSEWHERE = {
+    "CP056": "tests/explain/test_command.py: it takes a script",
+    "CP057": "tests/explain/test_command.py",
     "CP601": "test_rank_cases.py: it takes two ranks",
+    "CP655": "tests/bench/test_bench.py: it takes ranks that compute something else",
 }
 """Codes without a row here, and where they are triggered."""
 
@@ -59,7 +63,9 @@ def test_a_row_says_cause_example_and_way_out(code: str) -> None:
 
 
 def test_every_documented_code_is_triggered() -> None:
-    triggered = {row.code for row in (*CALLS.values(), *GRAPHS.values(), *commands(Path()).values())}
+    triggered = {
+        row.code for row in (*CALLS.values(), *GRAPHS.values(), *EXTENSIONS.values(), *commands(Path()).values())
+    }
     here = {code for code in documented() if not BETWEEN_RANKS.fullmatch(code)}
     assert here == triggered | ELSEWHERE.keys()
 
@@ -74,6 +80,11 @@ def matches_example(code: str, message: str) -> None:
 @pytest.mark.parametrize("name", GRAPHS)
 def test_a_graph_is_refused(name: str) -> None:
     matches_example(GRAPHS[name].code, raised(GRAPHS[name]).message)
+
+
+@pytest.mark.parametrize("name", EXTENSIONS)
+def test_an_extension_is_refused(name: str) -> None:
+    matches_example(EXTENSIONS[name].code, raised(EXTENSIONS[name]).message)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit, by Inductor
