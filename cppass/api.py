@@ -105,7 +105,9 @@ def explain_call(
     hardware: str | Hardware | None = None,
 ) -> tuple[Explanation, Any]:
     """The same, and what the model returned."""
-    config = CPConfig.from_options({**(options or {}), "cp_size": cp_size})
+    config = CPConfig.merged(CPConfig.from_options(options), {"cp_size": cp_size})
+    if config.cp_size is None:
+        raise OptionError("CP003", "cp_size=None is not allowed", "cp_size is an int of 1 or more")
     device = _hardware(hardware)
     found: list[Seen] = []
 

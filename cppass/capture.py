@@ -6,7 +6,7 @@ before:  kc.index_copy_(2, pos, k)                after:  new = index_copy(kc, 2
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,10 +24,11 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
 
     Raises:
         OptionError: CP009, a Torch-level trace (modules, methods, torch functions instead of aten ops), or CP010,
-            example inputs that do not fit the placeholders.
+            example inputs that do not fit the placeholders or that the graph fails on.
     """
     _refuse_torch_level(gm)
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    check_inputs(example_inputs)
     described = all("val" in n.meta for n in gm.graph.nodes if n.op not in ("get_attr", "output"))
     if _functional(gm.graph) and described:
         return gm
@@ -38,7 +39,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
             f"{len(example_inputs)} example inputs for {len(placeholders)} placeholders ({names})",
             "pass one example input per placeholder, in order",
         )
-    traced = _trace(gm, list(example_inputs))
+    traced = _functional_trace(gm, example_inputs)
     targets = iter(str(n.target) for n in placeholders)
     for node in traced.graph.nodes:
         if node.op == "placeholder":
@@ -65,14 +66,39 @@ def _new_name(gm: fx.GraphModule, name: str) -> str:
     return f"captured_{name}_{number}"
 
 
-def _trace(gm: fx.GraphModule, inputs: list[Any]) -> fx.GraphModule:
+def check_inputs(example_inputs: Any) -> None:
+    """Raises OptionError (CP010) where they are not a list, such as one tensor alone."""
+    if not isinstance(example_inputs, Sequence) or isinstance(example_inputs, str):
+        raise OptionError(
+            "CP010",
+            f"example inputs are a {type(example_inputs).__name__}",
+            "pass a list or tuple, one per placeholder",
+        )
+
+
+def trace(function: Callable[..., Any], inputs: Sequence[Any]) -> fx.GraphModule:
+    """The aten ops of a function, with metadata; sizes become numbers.
+
+    Raises:
+        OptionError: CP010, the function fails on these inputs, or decides by their values.
+    """
+    fake = any(isinstance(x, torch._subclasses.FakeTensor) for x in inputs)
+    try:
+        with torch.no_grad():
+            return make_fx(function, tracing_mode="real" if fake else "fake", _allow_non_fake_inputs=True)(*inputs)
+    except Exception as error:
+        raise OptionError(
+            "CP010",
+            f"it cannot be traced with these inputs: {type(error).__name__}: {error}",
+            "pass inputs that it runs on; a branch or a size that depends on values cannot be traced",
+        ) from error
+
+
+def _functional_trace(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     def run(*args: Any) -> Any:
         return fx.Interpreter(gm).run(*args)
 
-    functional = torch.func.functionalize(run, remove="mutations") if not _functional(gm.graph) else run
-    fake = any(isinstance(x, torch._subclasses.FakeTensor) for x in inputs)
-    with torch.no_grad():
-        return make_fx(functional, tracing_mode="real" if fake else "fake", _allow_non_fake_inputs=True)(*inputs)
+    return trace(run if _functional(gm.graph) else torch.func.functionalize(run, remove="mutations"), inputs)
 
 
 def _functional(graph: fx.Graph) -> bool:

@@ -83,18 +83,18 @@ class CPConfig:
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
+            if not _is_one_of(getattr(self, name), allowed):
                 raise _bad(name, getattr(self, name), "one of " + ", ".join(repr(a) for a in allowed))
         for name in ("strict", "check_inputs", "overlap"):
             if not isinstance(getattr(self, name), bool):
                 raise _bad(name, getattr(self, name), "True or False")
         _check_int("cp_size", self.cp_size, 1, optional=True)
         _check_int("rank", self.rank, 0, optional=True)
-        if self.min_tokens != "auto":
+        if not _is_one_of(self.min_tokens, ("auto",)):
             _check_int("min_tokens", self.min_tokens, 0)
             if self.hardware is not None:
                 raise _bad("hardware", self.hardware, "for min_tokens='auto' alone")
-        elif not (self.hardware is None or isinstance(self.hardware, Hardware) or self.hardware in HARDWARE):
+        elif not (isinstance(self.hardware, Hardware) or _is_one_of(self.hardware, (None, *HARDWARE))):
             raise _bad("hardware", self.hardware, f"a cppass.cost.Hardware, or one of {', '.join(HARDWARE)}")
         _check_seconds("agreement_timeout", self.agreement_timeout)
         if self.check_inputs and self.agreement != "step":
@@ -138,6 +138,8 @@ class CPConfig:
         Raises:
             OptionError: an option is unknown (CP001) or has a value that is not allowed (CP003).
         """
+        if not isinstance(options, (Mapping, type(None))):
+            raise OptionError("CP003", f"options={options!r} is no dict", 'give them by name, such as {"strict": True}')
         given = dict(options or {})
         names = [f.name for f in dataclasses.fields(cls)]
         for name in given:
@@ -156,6 +158,8 @@ class CPConfig:
     @classmethod
     def merged(cls, config: CPConfig | None, options: Mapping[str, Any]) -> CPConfig:
         """A config with some options changed; raises as from_options does."""
+        if not isinstance(config, (cls, type(None))):
+            raise OptionError("CP003", f"config={config!r} is no CPConfig", "make one: cppass.CPConfig(cp_size=2)")
         given = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)} if config is not None else {}
         return cls.from_options({**given, **options})
 
@@ -170,6 +174,11 @@ def _named_dims(given: Any) -> tuple[tuple[str, int], ...]:
         if not isinstance(name, str) or isinstance(dim, bool) or not isinstance(dim, int):
             raise _bad("sharded_inputs", given, 'a mapping of names to dimensions, such as {"input_ids": 0}')
     return named
+
+
+def _is_one_of(value: object, allowed: tuple[str | int | None, ...]) -> bool:
+    """Equal to one of them and of its type: True is not 1, and an array is compared with nothing."""
+    return not isinstance(value, bool) and any(isinstance(value, type(a)) and value == a for a in allowed)
 
 
 def _bad(name: str, value: object, allowed: str) -> OptionError:
@@ -192,4 +201,5 @@ def _check_seconds(name: str, value: object) -> None:
 def _is_group(value: object) -> bool:
     """By name of type, so that checking options imports no torch.distributed."""
     kinds = {c.__name__ for c in type(value).__mro__}
-    return isinstance(value, str) or value == NON_GROUP_MEMBER or bool(kinds & {"ProcessGroup", "DeviceMesh"})
+    named = _is_one_of(value, (NON_GROUP_MEMBER,)) or isinstance(value, str)
+    return named or bool(kinds & {"ProcessGroup", "DeviceMesh"})

@@ -26,7 +26,7 @@ from torch import Tensor
 from cppass.errors import StepError
 from cppass.layout import Half, Remainder, Zigzag, blocks
 from cppass.sharded_ops import gathered_positions
-from cppass.step_checks import check_lengths, check_pages, check_ranks, check_slots, check_table, ints
+from cppass.step_checks import check_lengths, check_number, check_pages, check_ranks, check_slots, check_table, ints
 from cppass.step_tag import StepTag
 
 __all__ = ["Bucket", "HalfLengths", "StepPlan", "plan_step"]
@@ -48,7 +48,7 @@ class Bucket:
 
     def __post_init__(self) -> None:
         sizes = (self.rows, self.sequences, 1 if self.blocks is None else self.blocks)
-        if any(not isinstance(n, int) or n < 1 for n in sizes) or self.rows % 2:
+        if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes) or self.rows % 2:
             raise StepError("CP613", f"{self} is not allowed", "rows is even, and every size is an int of 1 or more")
 
 
@@ -178,7 +178,7 @@ class StepPlan:
     def restore_rows(self, gathered: Tensor, rows: Sequence[int], dim: int = 0) -> Tensor:
         """Some natural rows alone, such as the sampled ones; arguments as `restore` takes them."""
         self._check_rows(gathered, dim, self.cp_size * self.rows if self.sharded else self.tokens, "rows")
-        wrong = [row for row in rows if not 0 <= row < self.tokens]
+        wrong = [row for row in rows if not hasattr(row, "__index__") or not 0 <= row < self.tokens]
         if wrong:
             raise StepError("CP614", f"rows {wrong[:8]} of a step of {self.tokens} tokens", "rows count from 0")
         places = [self.restore_index[row] for row in rows] if self.sharded else list(rows)
@@ -199,10 +199,12 @@ class StepPlan:
         return StepTag(self.number, (self.cp_size, self.rank, self.layout.remainder)).put(x)
 
     def _check_rows(self, x: Tensor, dim: int, rows: int, what: str) -> None:
-        if not -x.dim() <= dim < x.dim() or x.shape[dim] != rows:
+        seen = f"a tensor {list(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        known = isinstance(x, Tensor) and isinstance(dim, int) and -x.dim() <= dim < x.dim()
+        if not known or x.shape[dim] != rows:
             raise StepError(
                 "CP614",
-                f"a tensor {list(x.shape)} does not have the {rows} {what} of this step in dimension {dim}",
+                f"{seen} does not have the {rows} {what} of this step in dimension {dim!r}",
                 "use the plan of the step that the tensor belongs to",
             )
 
@@ -248,6 +250,12 @@ def plan_step(
     lengths = ints(lengths)
     old = [0] * len(lengths) if prefixes is None else ints(prefixes)
     check_ranks(cp_size, rank, remainder)
+    check_number("CP610", "min_tokens", min_tokens)
+    check_number("CP611", "pad_slot", pad_slot)
+    if slots is not None:
+        check_number("CP611", "slots", slots)
+    if not isinstance(bucket, (Bucket, type(None))):
+        raise StepError("CP613", f"bucket={bucket!r}", "it is a cppass.runner.Bucket, or None")
     check_lengths(lengths, old, slot_mapping)
     kv_lens = [a + b for a, b in zip(lengths, old, strict=True)]
     check_table(block_table, kv_lens, block_size)

@@ -16,12 +16,14 @@ from torch import fx
 from torch.utils._pytree import tree_map_only
 
 from cppass.api import run_pass
+from cppass.capture import check_inputs, trace
 from cppass.config import CPConfig
 from cppass.errors import OptionError, VerifyError
 from cppass.ops import CANONICAL, MEANINGS, PER_RANK
 from cppass.report import REWRITTEN
 
 c10d = torch.ops._c10d_functional
+MOST_RANKS = 1024  # of which each has its own inputs in this process
 
 
 def simulate(
@@ -49,17 +51,19 @@ def simulate(
     Raises:
         CPError: as run_pass does.
     """
-    if cp_size < 1:
-        raise OptionError("CP003", f"cp_size={cp_size!r} is not allowed", "cp_size is an int of 1 or more")
+    config = CPConfig.merged(config, {**options, "cp_size": cp_size})
+    if config.cp_size is None or config.cp_size > MOST_RANKS:
+        raise OptionError("CP003", f"cp_size={cp_size!r} is not allowed", f"cp_size is an int from 1 to {MOST_RANKS}")
+    check_inputs(inputs)
+    given = [_cloned(own) for own in rank_inputs or [inputs] * cp_size]
     graphs = []
     for rank in range(cp_size if lower else 1):
         own = traced(gm, inputs)
-        base = {"cp_size": cp_size, "rank": rank, **options}
-        report = run_pass(own, inputs, config, lower=lower, **base)
+        report = run_pass(own, inputs, config, lower=lower, rank=rank)
         graphs.append(own)
         if report.status != REWRITTEN:
             break
-    given = [_cloned(own) for own in rank_inputs or [inputs] * cp_size]
+    _check_counts(graphs[0], given, cp_size)
     graphs = graphs if len(graphs) == cp_size else graphs[:1] * cp_size
     with torch.no_grad():
         outputs = _Lockstep(graphs, given).run()
@@ -70,10 +74,19 @@ def traced(gm: fx.GraphModule | Callable[..., Any], inputs: Sequence[Any]) -> fx
     """A graph of its own of a function of tensors (static shapes), or of a module."""
     if isinstance(gm, fx.GraphModule):
         return copy.deepcopy(gm)
-    from torch.fx.experimental.proxy_tensor import make_fx
+    return trace(gm, inputs)
 
-    with torch.no_grad():
-        return make_fx(gm, tracing_mode="fake")(*inputs)
+
+def _check_counts(gm: fx.GraphModule, given: list[list[Any]], cp_size: int) -> None:
+    """As many sets of inputs as ranks, as many inputs as placeholders: the graph may be one that nobody traced."""
+    wanted = sum(node.op == "placeholder" for node in gm.graph.nodes)
+    counts = [len(own) for own in given]
+    if counts != [wanted] * cp_size:
+        raise OptionError(
+            "CP010",
+            f"{cp_size} ranks take {wanted} inputs each; given are {counts}",
+            "rank_inputs has a list of inputs a rank; each, as `inputs`, one input per placeholder",
+        )
 
 
 def _cloned(inputs: Sequence[Any]) -> list[Any]:
