@@ -12,7 +12,7 @@ from torch import fx
 from cppass.errors import Refusal
 from cppass.explain_node import op_of, refuse
 from cppass.fused_op import OPS
-from cppass.match.eager import match_eager
+from cppass.match.eager import match_eager, scores_are_given
 from cppass.match.fused import match_fused
 from cppass.match.sdpa import match_flash_for_cpu, match_sdpa
 from cppass.registry import registered_form, registered_rule
@@ -42,7 +42,10 @@ REFUSED_WRITES = {
 }
 """Ops that write K and V in one step with something else, or without a functional twin -> what to use instead."""
 
-ATTENTION_WORDS = ("attention", "attn", "flash", "sdpa", "selective_scan", "ssd_", "delta_rule", "retention", "wkv")
+ATTENTION_WORDS = (
+    *("attention", "attn", "flash", "sdpa", "selective_scan", "ssd_", "delta_rule", "retention", "wkv"),
+    "transformer_encoder",  # torch's fast path of nn.TransformerEncoderLayer
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +78,7 @@ def matcher_of(node: fx.Node) -> Match | None:
 
 def _fused_write(node: fx.Node) -> Refusal | None:
     """A KV write that cannot be told from the rest of its op: its rows would be one rank's alone."""
-    name = name_of(node)
-    if isinstance(node.target, torch._ops.HigherOrderOperator) and node.args:
-        name = getattr(node.args[0], "_name", "")  # auto_functionalized(op, ...)
+    name = _wrapped(node) or name_of(node)
     if name not in REFUSED_WRITES:
         return None
     return refuse(
@@ -86,6 +87,13 @@ def _fused_write(node: fx.Node) -> Refusal | None:
         f"context parallelism of {name.replace('::', '.')}, which writes the KV cache, is not implemented",
         f"use {REFUSED_WRITES[name]}",
     )
+
+
+def _wrapped(node: fx.Node) -> str:
+    """ "library::op" of auto_functionalized(op, ...): how an op that writes its arguments stands in a graph."""
+    higher = isinstance(node.target, torch._ops.HigherOrderOperator)
+    op = node.args[0] if higher and node.args else None
+    return op._name if isinstance(op, torch._ops.OpOverload) else ""
 
 
 def _inside(node: fx.Node) -> Refusal | None:
@@ -114,6 +122,12 @@ BESIDE_ATTENTION |= {"npu::npu_apply_rotary_pos_emb"}
 
 def outside_notes(graph: fx.Graph) -> tuple[str, ...]:
     """What hints, in a graph without attention, that the attention of the model runs outside of every graph."""
+    weights = next((n for n in graph.nodes if matcher_of(n) is match_eager and scores_are_given(n)), None)
+    if weights is not None:
+        return (
+            f"{op_of(weights)} is over scores that another graph made: attention broke in two and runs unsharded on "
+            "every rank (fullgraph=True shows where)",
+        )
     beside = next((node for node in graph.nodes if name_of(node) in BESIDE_ATTENTION), None)
     if beside is None:
         return ()
@@ -126,12 +140,12 @@ def outside_notes(graph: fx.Graph) -> tuple[str, ...]:
 def _looks_like_attention(node: fx.Node) -> Refusal | None:
     if not is_tensor(node):
         return None
-    name = op_of(node).lower()
-    if not any(word in name for word in ATTENTION_WORDS) or registered_rule(node) is not None:
+    name = _wrapped(node) or op_of(node)
+    if not any(word in name.lower() for word in ATTENTION_WORDS) or registered_rule(node) is not None:
         return None
     return refuse(
         "CP101",
         node,
-        f"{op_of(node)} is attention in a form that cppass does not know",
+        f"{name.replace('::', '.')} is attention in a form that cppass does not know",
         "use scaled_dot_product_attention (attn_implementation='sdpa'), or register a site form (docs/extending.md)",
     )

@@ -61,6 +61,15 @@ def match_eager(softmax: fx.Node) -> AttentionSite | Refusal | None:
     return _plain(softmax, scores, out) or _rowwise(softmax, scores, out)
 
 
+def scores_are_given(softmax: fx.Node) -> bool:
+    """Attention whose scores [.., S, T] are an input of the graph: a graph break has cut it in two."""
+    source, out = softmax.args[0], _product_below(softmax)
+    while isinstance(source, fx.Node) and source.op == "call_function" and tensor_operands(source):
+        source = tensor_operands(source)[0]
+    given = isinstance(source, fx.Node) and source.op == "placeholder" and len(shape_of(source)) >= 3
+    return given and out is not None and _is_activation(_factors(out)[1])
+
+
 def _is_dropped(softmax: fx.Node) -> bool:
     """Whether weights are dropped at random: torch writes attention with dropout_p out on the CPU."""
     stack, seen = list(softmax.users), set()
