@@ -38,7 +38,10 @@ def ranks_of(config: CPConfig) -> Ranks:
     if not (dist.is_available() and dist.is_initialized()):
         return _alone(config)
     group = _resolve(config.group)
-    rank = dist.get_rank(group)
+    try:
+        rank = dist.get_rank(group)
+    except ValueError as error:
+        raise OptionError("CP005", f"the group {group!r} was destroyed", "compile with one that exists") from error
     if rank < 0:
         raise OptionError(
             "CP005",
@@ -51,6 +54,12 @@ def ranks_of(config: CPConfig) -> Ranks:
             "CP006",
             f"cp_size={config.cp_size}, but the group has {size} ranks",
             "leave cp_size out where there is a group",
+        )
+    if config.rank not in (None, rank):
+        raise OptionError(
+            "CP006",
+            f"rank={config.rank}, but this is rank {rank} of the group",
+            "leave rank out where there is a group",
         )
     return Ranks(rank, size, _name(group))
 
