@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Annotated
 from cppass import CPError, OptionError, __version__
 from cppass.bench.sections import SECTIONS
 from cppass.cost import HARDWARE, MODELS
-from cppass.demo.job import DIALECTS, DTYPES, Job
+from cppass.demo.job import DIALECTS, DTYPES, Job, check_timeout
 from cppass.demo.presets import PRESETS
+from cppass.errors import InternalError
 
 try:
     import typer
@@ -25,7 +26,7 @@ except ModuleNotFoundError as missing:
     raise SystemExit(f'cppass: the command line needs {missing.name}; pip install "cppass[host]"') from missing
 
 from cppass.cli_explain import explain
-from cppass.usage import INSTALL_PLOT, NEEDS, fail, need
+from cppass.usage import INSTALL_PLOT, NEEDS, fail, need, tell
 
 if TYPE_CHECKING:
     from cppass.demo.outcome import Outcome
@@ -44,8 +45,18 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """The console entry point."""
-    app(prog_name="cppass")
+    """The console entry point. What nobody foresaw is told in one message, too."""
+    try:
+        app(prog_name="cppass")
+    except Exception as error:
+        if "--traceback" in sys.argv:
+            raise
+        text = f"{type(error).__name__}: {error}"
+        tell(
+            InternalError("CP901", text, "please report it, with what cppass --traceback ... shows"),
+            "--json" in sys.argv,
+        )
+        sys.exit(1)
 
 
 def _version(wanted: bool) -> None:
@@ -56,6 +67,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _cppass(
+    trace: Annotated[
+        bool, typer.Option("--traceback", help="Show the traceback of an error of cppass itself.")
+    ] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
@@ -173,12 +187,15 @@ def bench(
 
     Exit status: 0 measured, 1 something failed, 2 wrong usage.
     """
+    from cppass.bench.record import make_folder
     from cppass.bench.sections import chosen
 
     try:
         wanted = chosen(sections or ())
         if any(section.models for section in wanted.values()):
             need(*NEEDS["hf"])
+        if out is not None:
+            make_folder(out)
     except OptionError as error:
         fail(error, as_json, trace, status=2)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that `finally` ends the ranks
@@ -246,6 +263,10 @@ def doctor(
     """
     from cppass.doctor import examine, healthy, render, to_dict
 
+    try:
+        check_timeout(timeout)
+    except OptionError as error:
+        fail(error, as_json, False, status=2)
     lines = examine(timeout)
     if as_json:
         typer.echo(json.dumps(to_dict(lines)))

@@ -88,4 +88,16 @@ def autoload_of_shell() -> str | None:
 
 def launched_ranks() -> int:
     """Ranks that a launcher such as torchrun has started; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    said = os.environ.get("WORLD_SIZE", "")
+    return int(said) if said.isdecimal() else 1
+
+
+def why_not_writable(folder: Path) -> str:
+    """Why no file can be made in this folder, "" where one can."""
+    import tempfile
+
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return ""
+    except OSError as error:
+        return error.strerror or str(error)

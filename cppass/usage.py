@@ -21,12 +21,17 @@ NEEDS = {"hf": (INSTALL, "transformers", "numpy"), "npu": (INSTALL_NPU, "torch_n
 
 def fail(error: CPError, as_json: bool, trace: bool, status: int) -> NoReturn:
     """Say what went wrong and leave with this status."""
+    tell(error, as_json, trace)
+    raise typer.Exit(status)
+
+
+def tell(error: CPError, as_json: bool, trace: bool = False) -> None:
+    """One message on standard error, and one JSON object on standard output where that is asked for."""
     from cppass.demo.report import error_dict, render_error
 
     if as_json:
         typer.echo(json.dumps(error_dict(error)))
     render_error(error, Console(stderr=True), trace)
-    raise typer.Exit(status)
 
 
 def need(install: str, *modules: str) -> None:

@@ -8,13 +8,29 @@ from pathlib import Path
 from cppass.bench.machine import Machine
 from cppass.bench.sections import Result
 from cppass.bench.table import Bars
+from cppass.environment import why_not_writable
+from cppass.errors import OptionError
 
 PLOT_MISSING = 'plots are left out: they need matplotlib; pip install "cppass[plot]"'
 
 
+def make_folder(folder: Path) -> None:
+    """Make the folder, before anything is measured for it.
+
+    Raises:
+        OptionError: CP050, no file can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        why = why_not_writable(folder)
+    except OSError as error:
+        why = error.strerror or str(error)
+    if why:
+        raise OptionError("CP050", f"--out: {str(folder)!r} cannot be written: {why}", "name another directory")
+
+
 def write(folder: Path, name: str, result: Result, machine: Machine, command: str) -> list[str]:
     """Write the files of a section and return their names."""
-    folder.mkdir(parents=True, exist_ok=True)
     bars = result.bars() if can_plot() else None
     picture = f"{name}.svg" if bars else ""
     (folder / f"{name}.md").write_text(markdown(name, result, machine, command, picture), encoding="utf-8")

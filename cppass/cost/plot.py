@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cppass.cost.answer import Answer
 from cppass.cost.predict import ttft
+from cppass.environment import why_not_writable
 from cppass.errors import OptionError
 
 FORMATS = (".svg", ".png", ".pdf")
@@ -18,6 +19,8 @@ def check(path: Path) -> None:
         raise OptionError("CP050", f"--plot {str(path)!r} is not allowed", f"end it with one of {', '.join(FORMATS)}")
     if not path.parent.is_dir():
         raise OptionError("CP050", f"--plot: there is no directory {str(path.parent)!r}", "make it first")
+    if why := "it is a directory" if path.is_dir() else why_not_writable(path.parent):
+        raise OptionError("CP050", f"--plot: {str(path)!r} cannot be written: {why}", "name a file elsewhere")
 
 
 def draw(answer: Answer, path: Path) -> None:

@@ -8,6 +8,9 @@ import traceback
 
 from cppass.errors import CPError
 
+OUT_OF_MEMORY = "out of memory? use fewer --layers, --tokens or ranks"
+UNKNOWN = "--traceback shows where it was raised"
+
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
@@ -16,7 +19,8 @@ class Failure:
     Attributes:
         kind: name of its type.
         message: its text.
-        code, hint: of a CPError; "" otherwise.
+        code: of a CPError; "" otherwise.
+        hint: the way out.
         trace: the Python traceback.
     """
 
@@ -33,7 +37,8 @@ class Failure:
         ours = find_ours(error)
         if ours is not None:
             return cls(type(ours).__name__, ours.message, ours.code, ours.hint, trace)
-        return cls(type(error).__name__, str(error), trace=trace)
+        memory = isinstance(error, MemoryError) or "allocate memory" in str(error)
+        return cls(type(error).__name__, str(error), hint=OUT_OF_MEMORY if memory else UNKNOWN, trace=trace)
 
     @property
     def remoteness(self) -> int:

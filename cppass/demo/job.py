@@ -18,6 +18,8 @@ BACKEND = "npu_cp"
 MAX_RANKS = 64
 """More ranks than that on one host is a slip of the finger."""
 
+MOST, WEEK = 2**31 - 1, 7 * 24 * 3600
+
 DTYPES = ("float32", "bfloat16", "float16")
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2, "float16": 1e-2}
@@ -119,10 +121,12 @@ class Job:
             )
         for name, least in (("tokens", 1), ("decode", 0), ("batch", 1), ("repeat", 1), ("layers", 1), ("vocab", 2)):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise OptionError("CP050", f"--{name} {value} is not allowed", f"give {least} or more")
-        if not self.timeout > 0:
-            raise OptionError("CP050", f"--timeout {self.timeout:g} is not allowed", "give a number of seconds above 0")
+            if value is not None and not least <= value <= MOST:
+                way_out = f"give {least} or more" if value < least else f"give at most {MOST}"
+                raise OptionError("CP050", f"--{name} {value} is not allowed", way_out)
+        if not -(2**63) <= self.seed < 2**63:
+            raise OptionError("CP050", f"--seed {self.seed} is not allowed", "give a number of 64 bits")
+        check_timeout(self.timeout)
         if not 1 <= self.ranks <= MAX_RANKS:
             raise OptionError("CP052", f"--cp {self.ranks} ranks is not allowed", f"give 1 to {MAX_RANKS}")
         if self.cache == "none" and self.decode:
@@ -183,6 +187,13 @@ def phases(job: Job) -> tuple[Phase, ...]:
 def count(number: int, noun: str) -> str:
     """ "1 rank", "2 ranks", "4,096 tokens"."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def check_timeout(seconds: float) -> None:
+    """Raises OptionError (CP050) for a time that cannot be waited."""
+    if not 0 < seconds <= WEEK:
+        way_out = f"give at most {WEEK} seconds" if seconds > WEEK else "give a number of seconds above 0"
+        raise OptionError("CP050", f"--timeout {seconds:g} is not allowed", way_out)
 
 
 def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:

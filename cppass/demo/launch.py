@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from cppass.demo.failure import Failure, RankError
+from cppass.demo.failure import OUT_OF_MEMORY, UNKNOWN, Failure, RankError
 from cppass.demo.group import bind_loopback
 from cppass.demo.job import Job, Phase
 from cppass.demo.results import ProcessResult
@@ -133,12 +133,11 @@ def _worst(
     """The failure that explains the others; of several alike, the one heard first."""
     found = [_failure(first, processes, phase, folder)]
     until = time.monotonic() + GRACE
-    while (left := until - time.monotonic()) > 0 and (message := _next(inbox, left)) is not None:
+    while len(found) < phase.processes and (left := until - time.monotonic()) > 0:
+        message = _next(inbox, left)
         already = {rank for rank, _ in found}
-        if message.rank not in already and message.kind in ("failure", "end"):
+        if message is not None and message.rank not in already and message.kind in ("failure", "end"):
             found.append(_failure(message, processes, phase, folder))
-        if len(found) == phase.processes:
-            break
 
     rank, failure = min(found, key=lambda item: item[1].remoteness)
     return RankError(_name(phase, rank), failure)
@@ -154,7 +153,7 @@ def _failure(
     except subprocess.TimeoutExpired:
         status = 0
     how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-    hint = "out of memory? use fewer --layers, --tokens or ranks" if status == -signal.SIGKILL else ""
+    hint = OUT_OF_MEMORY if status == -signal.SIGKILL else UNKNOWN
     log = _log(folder, phase, message.rank).read_text(errors="replace").strip()
     last = f"; its last words: {log.splitlines()[-1]}" if log and status >= 0 else ""
     text = f"{_name(phase, message.rank)} {how} before it had a result{last}"

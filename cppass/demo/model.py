@@ -62,12 +62,22 @@ def build(job: Job) -> PreTrainedModel:
         model.train(False)
         return model
     config = _checkpoint_config(job.model, job.layers)
+    how |= {"config": config, "local_files_only": True, "output_loading_info": True}
     try:
-        model = AutoModelForCausalLM.from_pretrained(job.model, config=config, local_files_only=True, **how)
-    except (OSError, ValueError) as error:
+        found: Any = AutoModelForCausalLM.from_pretrained(job.model, **how)
+    except Exception as error:  # of transformers, safetensors, json, torch: whatever is wrong with the files
         raise OptionError(
-            "CP051", f"cannot load {job.model!r}: {_first_sentence(error)}", "it may need another --attention"
+            "CP051",
+            f"cannot load {job.model!r}: {_first_sentence(error)}",
+            "its files must be whole and of one model; it may need another --attention",
         ) from error
+    model, loaded = found
+    if missing := sorted(loaded["missing_keys"]):
+        raise OptionError(
+            "CP051",
+            f"{job.model!r} lacks {count(len(missing), 'weight')}, {missing[0]} the first",
+            "give --model a whole checkpoint of a causal LM: what is missing would be random",
+        )
     model.train(False)
     return model
 
@@ -77,7 +87,7 @@ def _checkpoint_config(folder: str, layers: int | None) -> PreTrainedConfig:
 
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:
         raise OptionError(
             "CP051",
             f"cannot read the config of {folder!r}: {_first_sentence(error)}",

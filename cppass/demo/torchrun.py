@@ -51,10 +51,15 @@ def detect() -> World | None:
     """The launcher's variables, or None where there is none.
 
     Raises:
-        OptionError: CP054, ranks on several hosts.
+        OptionError: CP054, ranks on several hosts, or variables that are no numbers.
     """
     if not all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")):
         return None
+    numbers = [os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")]
+    if not all(number is None or number.isdecimal() for number in numbers):
+        raise OptionError(
+            "CP054", f"RANK, WORLD_SIZE, LOCAL_WORLD_SIZE are {numbers}", "start it by torchrun, or unset them"
+        )
     world = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
     if int(os.environ.get("LOCAL_WORLD_SIZE", world.size)) != world.size:
         raise OptionError("CP054", "the ranks are on several hosts", "run the demonstration on one host (--nnodes 1)")
