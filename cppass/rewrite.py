@@ -124,8 +124,16 @@ class _Rewriter(Builder):
             copied = self.new.node_copy(node, self.full)
             self._remember_size(node, copied)
             return copied
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            return self._with_bodies(node, operands)
         args, kwargs = fx.map_arg((node.args, node.kwargs), self.full)
         return self.emit(aten.reshape.default if node.target in VIEWS else node.target, args, dict(kwargs))
+
+    def _with_bodies(self, node: fx.Node, operands: list[tuple[fx.Node, fx.Node]]) -> fx.Node:
+        """A branch or loop, on dense operands where they lay otherwise in memory: any view inside takes dense ones."""
+        dense = {"memory_format": torch.contiguous_format}
+        laid_out = {a: b if _same_layout(a, b) else self.emit(aten.clone.default, (b,), dense) for a, b in operands}
+        return self.new.node_copy(node, laid_out.__getitem__)
 
     def _slot_write(self, node: fx.Node) -> fx.Node:
         """A write of rows in gathered order: to slots in gathered order, which all layers share."""

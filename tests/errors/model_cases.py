@@ -7,7 +7,7 @@ import warnings
 
 import torch
 from errors.rank_case import Case, after, case, on
-from errors.tiny_model import HIDDEN, Tiny, token_ids, visible
+from errors.tiny_model import HIDDEN, VOCABULARY, Tiny, token_ids, visible
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -169,6 +169,18 @@ def control_flow_that_depends_on_data_in_a_whole_graph() -> Case:
 @case
 def a_number_read_from_a_tensor() -> Case:
     return after(lambda logits, ids: logits * ids.max().item())
+
+
+@case
+def branches_and_loops_behind_attention() -> Case:
+    from torch._higher_order_ops.scan import scan
+
+    def act(logits: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+        branch = torch.cond(ids.sum() > 0, lambda x: x.view(-1) * 2, lambda x: x.view(-1) - 1, (logits,))
+        loop = torch.while_loop(lambda n, x: n < 3, lambda n, x: (n + 1, x * 2), (torch.tensor(0), logits))[1]
+        return branch, loop, scan(lambda c, x: (c + x, c + x), torch.zeros(1, VOCABULARY), logits, dim=1)[1]
+
+    return after(act)
 
 
 @case
