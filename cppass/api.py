@@ -108,6 +108,8 @@ def explain_call(
     config = CPConfig.merged(CPConfig.from_options(options), {"cp_size": cp_size})
     if config.cp_size is None:
         raise OptionError("CP003", "cp_size=None is not allowed", "cp_size is an int of 1 or more")
+    if not callable(model):
+        raise OptionError("CP009", f"explain takes a model or function, not {type(model).__name__}", "pass the model")
     device = _hardware(hardware)
     found: list[Seen] = []
 

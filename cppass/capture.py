@@ -23,10 +23,11 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
     """A functional module with metadata that computes what `gm` does: `gm` itself where it already is one.
 
     Raises:
-        OptionError: CP009, a Torch-level trace (modules, methods, torch functions instead of aten ops), or CP010,
-            example inputs that do not fit the placeholders or that the graph fails on.
+        OptionError: CP009, a Torch-level trace (modules, methods, torch functions instead of aten ops) or a graph that
+            was rewritten before, or CP010, example inputs that do not fit the placeholders or that the graph fails on.
     """
     _refuse_torch_level(gm)
+    _refuse_rewritten(gm)
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     check_inputs(example_inputs)
     described = all("val" in n.meta for n in gm.graph.nodes if n.op not in ("get_attr", "output"))
@@ -127,6 +128,14 @@ def _refuse_torch_level(gm: fx.GraphModule) -> None:
                 f"a Torch-level trace: {node.op} {op_of(node)} (node {node.name}) is not an aten op",
                 "trace with torch.fx.experimental.proxy_tensor.make_fx(fn)(*inputs), or compile with backend='npu_cp'",
             )
+
+
+def _refuse_rewritten(gm: fx.GraphModule) -> None:
+    own = next((n for n in gm.graph.nodes if getattr(n.target, "namespace", "") in ("cppass", "cppass_host")), None)
+    if own is not None:
+        raise OptionError(
+            "CP009", f"the pass has been applied to this graph before ({op_of(own)}, node {own.name})", "trace it anew"
+        )
 
 
 def _is_aten(target: Any) -> bool:

@@ -55,7 +55,9 @@ def simulate(
     if config.cp_size is None or config.cp_size > MOST_RANKS:
         raise OptionError("CP003", f"cp_size={cp_size!r} is not allowed", f"cp_size is an int from 1 to {MOST_RANKS}")
     check_inputs(inputs)
-    given = [_cloned(own) for own in rank_inputs or [inputs] * cp_size]
+    if rank_inputs is not None:
+        check_inputs(rank_inputs)
+    given = [_cloned(own) for own in ([inputs] * cp_size if rank_inputs is None else rank_inputs)]
     graphs = []
     for rank in range(cp_size if lower else 1):
         own = traced(gm, inputs)
@@ -63,7 +65,7 @@ def simulate(
         graphs.append(own)
         if report.status != REWRITTEN:
             break
-    _check_counts(graphs[0], given, cp_size)
+    _check_fit(graphs[0], given, cp_size)
     graphs = graphs if len(graphs) == cp_size else graphs[:1] * cp_size
     with torch.no_grad():
         outputs = _Lockstep(graphs, given).run()
@@ -77,16 +79,29 @@ def traced(gm: fx.GraphModule | Callable[..., Any], inputs: Sequence[Any]) -> fx
     return trace(gm, inputs)
 
 
-def _check_counts(gm: fx.GraphModule, given: list[list[Any]], cp_size: int) -> None:
-    """As many sets of inputs as ranks, as many inputs as placeholders: the graph may be one that nobody traced."""
-    wanted = sum(node.op == "placeholder" for node in gm.graph.nodes)
+def _check_fit(gm: fx.GraphModule, given: list[list[Any]], cp_size: int) -> None:
+    """As many sets of inputs as ranks, as many inputs as placeholders, and of their sizes where these are numbers."""
+    wanted = gm.graph.find_nodes(op="placeholder")
     counts = [len(own) for own in given]
-    if counts != [wanted] * cp_size:
+    if counts != [len(wanted)] * cp_size:
         raise OptionError(
             "CP010",
-            f"{cp_size} ranks take {wanted} inputs each; given are {counts}",
+            f"{cp_size} ranks take {len(wanted)} inputs each; given are {counts}",
             "rank_inputs has a list of inputs a rank; each, as `inputs`, one input per placeholder",
         )
+    for node, x in ((node, x) for own in given for node, x in zip(wanted, own, strict=True)):
+        shape = getattr(node.meta.get("val"), "shape", None)
+        if isinstance(x, torch.Tensor) and shape is not None and not _fits(x.shape, shape):
+            raise OptionError(
+                "CP010",
+                f"the graph is traced for {node.target} {list(shape)}, and given {list(x.shape)}",
+                "trace it for these sizes, or with symbolic ones (tracing_mode='symbolic')",
+            )
+
+
+def _fits(seen: torch.Size, meant: torch.Size) -> bool:
+    sizes = zip(seen, meant, strict=False)
+    return len(seen) == len(meant) and all(a == b for a, b in sizes if isinstance(b, int))
 
 
 def _cloned(inputs: Sequence[Any]) -> list[Any]:
@@ -147,6 +162,8 @@ class _Rank:
         if node.op == "get_attr":
             return operator.attrgetter(str(node.target))(self.gm)
         args, kwargs = self.arguments(node)
+        if node.op == "call_module":
+            return self.gm.get_submodule(str(node.target))(*args, **kwargs)
         if node.target is c10d.wait_tensor.default:
             return args[0]
         return node.target(*args, **kwargs)  # type: ignore[operator]

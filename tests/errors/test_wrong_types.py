@@ -88,6 +88,12 @@ def decides(x: Tensor) -> Tensor:
     return x * 2 if x.sum() > 0 else x
 
 
+def rewritten_twice() -> None:
+    gm = make_fx(causal, tracing_mode="fake")(Q, Q, Q)
+    for _ in range(2):
+        cppass.run_pass(gm, (Q, Q, Q), cp_size=2)
+
+
 CALLS = {
     "options that are a text": Bad("CP003", lambda: CPConfig.from_options("strict"), ("'strict'",), "by name"),
     "options that are a list": Bad(
@@ -133,6 +139,12 @@ CALLS = {
     "inputs of one rank alone": Bad(
         "CP010", lambda: cppass.simulate(GM, (Q, Q, Q), 2, rank_inputs=[(Q, Q, Q)]), ("2 ranks", "[3]")
     ),
+    "inputs of other sizes": Bad(
+        "CP010", lambda: cppass.simulate(GM, (Q[:, :, :12],) * 3, 2), ("[1, 4, 12, 8]",), "symbolic"
+    ),
+    "one tensor for all ranks": Bad("CP010", lambda: cppass.simulate(GM, (Q, Q, Q), 2, rank_inputs=Q), ("a Tensor",)),
+    "a graph that was rewritten before": Bad("CP009", rewritten_twice, ("before",), "anew"),
+    "a number instead of a model": Bad("CP009", lambda: cppass.explain(3, cp_size=2), ("not int",), "the model"),
     "a function that decides by values": Bad(
         "CP010", lambda: cppass.simulate(decides, (Q,), 2), ("cannot be traced",), "depends on values"
     ),
@@ -142,6 +154,15 @@ CALLS = {
 @pytest.mark.parametrize("name", CALLS)
 def test_a_call(name: str) -> None:
     raised(CALLS[name])
+
+
+def test_a_module_inside_a_graph_runs() -> None:
+    """Control: it is inlined where it holds attention, and called where the graph is left alone."""
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    graph.output(graph.call_module("inner", (x,)))
+    gm = torch.fx.GraphModule({"inner": make_fx(lambda x: x * 2)(Q)}, graph)
+    assert all(torch.equal(seen, Q * 2) for seen, _ in cppass.simulate(gm, (Q,), 2))
 
 
 # -- steps of a model runner -------------------------------------------------------------------------------------------
