@@ -26,7 +26,7 @@ def fail(error: CPError, as_json: bool, trace: bool, status: int) -> NoReturn:
 
 
 def tell(error: CPError, as_json: bool, trace: bool = False) -> None:
-    """Say what went wrong."""
+    """One message on standard error, and one JSON object on standard output where that is asked for."""
     from cppass.demo.report import error_dict, render_error
 
     if as_json:
