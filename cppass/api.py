@@ -150,7 +150,7 @@ def _hardware(given: str | Hardware | None) -> Hardware | None:
 def _blank(gm: fx.GraphModule) -> Callable[..., Any]:
     """What returns zeros in place of running a graph of local rows: slots of all ranks do not fit the rows of one."""
     (outputs,) = next(node.args for node in gm.graph.nodes if node.op == "output")
-    values = [x.meta.get("val") if isinstance(x, fx.Node) else x for x in outputs]  # type: ignore[union-attr]
+    values = [x.meta.get("val") if isinstance(x, fx.Node) else x for x in outputs]
 
     def run(*args: Any) -> list[Any]:
         return [torch_private.zeros_like(v) if isinstance(v, torch.Tensor) else v for v in values]

@@ -45,5 +45,5 @@ def folded(paths: tuple[str, ...]) -> str:
 
 
 def place(where: str) -> str:
-    """Where a node comes from, without the way to installed packages: "transformers/models/qwen3/modeling_qwen3.py:72"."""
+    """Where a node comes from, without the way to installed packages: "transformers/modeling_utils.py:72"."""
     return re.sub(r"^\S*/(?:site|dist)-packages/", "", where)
