@@ -56,6 +56,7 @@ def path_of(source: str) -> str:
     """
     source = re.sub(r"\.?slice\([^)]*\)", "", source)  # a ModuleList that was sliced
     source = re.sub(r"\[['\"]?([^\]'\"]*)['\"]?\]", r".\1", source)  # L['self'] and layers[0]
+    source = re.sub(r"getattr\(([^,]*), ['\"]([^'\"]*)['\"]\)", r"\1.\2", source)  # names that are no identifiers
     parts = [p for p in source.split(".") if p not in ("", "_modules", "_parameters", "_buffers")]
     parts = parts[1:] if parts[:1] == ["L"] else parts
     if parts[:2] == ["args", "0"]:  # a decorated forward(*args)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cppass.api import explain_call
-from cppass.demo.job import Job
+from cppass.demo.job import Job, count
 from cppass.demo.subject import build, prompt
 from cppass.errors import CPError, OptionError
 from cppass.inspection import Explanation
@@ -34,7 +34,8 @@ def explain_job(job: Job, options: Options, hardware: str | None) -> Explanation
 
     subject.begin().step(forward, prompt(job, subject.facts.vocab))
     facts = subject.facts
-    title = f"{facts.family}, {facts.layers} layers" + (f" ({facts.note})" if facts.note else "")
+    layers = "" if "layer" in facts.note else f", {count(facts.layers, 'layer')}"
+    title = facts.family + layers + (f" ({facts.note})" if facts.note else "")
     return dataclasses.replace(found[0], title=title)
 
 

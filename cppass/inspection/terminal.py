@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.padding import Padding
 from rich.rule import Rule
+from rich.table import Table
 from rich.text import Text
 
 from cppass.inspection.text import graphs_as_text, lines
@@ -27,8 +28,11 @@ def show(explanation: Explanation, console: Console, graphs: bool = False) -> No
     for line in lines(explanation):
         if line.style == "head":
             console.print()
-        text = Text(line.text, style=STYLES[line.style])
-        console.print(Padding(text, (0, 0, 0, 2 * line.indent), expand=False))
+        row = Table.grid()
+        row.add_column(no_wrap=True)
+        row.add_column(overflow="fold")
+        row.add_row(Text(line.label, style="dim"), Text(line.text, style=STYLES[line.style]))
+        console.print(Padding(row, (0, 0, 0, 2 * line.indent), expand=False))
     if graphs:
         console.print(Rule(style="dim"))
         console.print(graphs_as_text(explanation.graph_view), markup=False, highlight=False, soft_wrap=True, end="")

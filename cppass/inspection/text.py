@@ -17,20 +17,34 @@ STYLE_OF_STATUS = {REWRITTEN: "good", LEFT_ALONE: "plain", REFUSED: "bad"}
 RANKS_SHOWN = 8
 WIDEST_BAR = 32
 DEEPEST = 3
+KEY_WIDTH = 9
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One line. `style`: "plain", "title", "head", "good", "bad", "way out", "code" or "dim"; `indent`: in steps."""
+    """One line.
+
+    Attributes:
+        text: what it says.
+        style: "plain", "title", "head", "good", "bad", "way out", "code" or "dim".
+        indent: in steps of two.
+        key: what stands in front of the text, in a column of its own.
+    """
 
     text: str
     style: str = "plain"
     indent: int = 1
+    key: str = ""
+
+    @property
+    def label(self) -> str:
+        """The key as wide as its column."""
+        return f"{self.key:<{KEY_WIDTH}}" if self.key else ""
 
 
 def as_text(explanation: Explanation) -> str:
     """The whole of it, without colours and not wrapped."""
-    return "\n".join("  " * line.indent + line.text for line in lines(explanation))
+    return "\n".join("  " * line.indent + line.label + line.text for line in lines(explanation))
 
 
 def lines(explanation: Explanation) -> Iterator[Line]:
@@ -60,16 +74,16 @@ def _refusals(view: GraphView) -> Iterator[Line]:
         times = f"{found.count} x " if found.count > 1 else ""
         yield Line(f"{times}[{first.code}] {first.why}", "bad")
         if meaning(first):
-            yield Line(f"why      {meaning(first)}", indent=2)
+            yield Line(meaning(first), indent=2, key="why")
         more = f" and {found.count - 1} more" if found.count > 1 else ""
         module = f" of {first.module}" if first.module else ""
-        yield Line(f"at       node {first.node} ({first.op}){module}{more}", indent=2)
+        yield Line(f"node {first.node} ({first.op}){module}{more}", indent=2, key="at")
         if first.where:
-            yield Line(f"from     {place(first.where)}", "code", 2)
+            yield Line(place(first.where), "code", 2, "from")
         if first.hint:
-            yield Line(f"way out  {first.hint}", "way out", 2)
+            yield Line(first.hint, "way out", 2, "way out")
     if any(falls_back(r) for r in view.report.refusals):
-        yield Line(f"or       {FALLBACK} {FALLBACK_EFFECT}", "dim", 2)
+        yield Line(f"{FALLBACK} {FALLBACK_EFFECT}", "dim", 2, "or")
 
 
 def _sites(view: GraphView) -> Iterator[Line]:
@@ -81,9 +95,9 @@ def _sites(view: GraphView) -> Iterator[Line]:
         yield Line(f"{found.count} x {site.form}, {site.kv_write}, {site.mask}; {site.rewrite}")
         where = folded(found.modules) if len(found.modules) < 2 else f"{found.modules[0]} to {found.modules[-1]}"
         if where:
-            yield Line(f"in    {where}", "dim", 2)
+            yield Line(where, "dim", 2, "in")
         if site.where:
-            yield Line(f"from  {place(site.where)}", "code", 2)
+            yield Line(place(site.where), "code", 2, "from")
 
 
 def _gathers(view: GraphView) -> Iterator[Line]:
@@ -109,8 +123,8 @@ def _states(view: GraphView) -> Iterator[Line]:
     known = ", ".join(f"{count:,} {kind}" for kind, count in counts.items())
     after = f"; {len(view.after):,} afterwards" if view.after else ""
     yield Line(f"values: {plural(len(view.nodes), 'node')}{after}", "head", 0)
-    yield Line(known)
-    for node in _odd(view):
+    yield Line(known + (", as far as it was planned" if view.report.status == REFUSED else ""))
+    for node in _odd(view) if view.after else ():
         yield Line(f"{node.name} ({node.op}): {node.state.text}", "dim", 2)
 
 

@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 from cppass import cli
 from cppass.inspection.document import schema
 
-TINY = ("--preset", "qwen3-tiny", "--tokens", "32")
 SCRIPT = """
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -89,23 +88,20 @@ def test_wrong_usage_is_told_with_a_way_out(arguments: str, script: Path) -> Non
 def test_a_preset_on_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(os.environ, "COLUMNS", "72")
     page = tmp_path / "page.html"
-    out = run(*TINY, "--layers", "4", "--html", str(page))
-    text = " ".join(out.split())
+    out = run("--preset", "qwen3-tiny", "--tokens", "32", "--layers", "4", "--graph", "--html", str(page))
+    report, graph = out.split("before\n")
+    text = " ".join(report.split())
     assert "rewritten: qwen3, 4 layers (random weights), 32 tokens on 2 ranks" in text
     assert "4 x scaled_dot_product_attention (CPU flash)" in text
     assert "3 x same" in text
-    assert max(map(len, out.splitlines())) <= 72
+    assert max(map(len, report.splitlines())) <= 72
+    assert "cppass.attention(" in graph and "# attention; local in dim 2" in graph
+    assert "nodes of model.layers.2 .. 3, the same as model.layers.1" in graph
     assert page.read_text().startswith("<!doctype html>")
 
 
-def test_the_graph_is_printed_with_its_layers_folded() -> None:
-    out = run(*TINY, "--layers", "4", "--graph")
-    assert "cppass.attention(" in out and "# attention; local in dim 2" in out
-    assert "nodes of model.layers.2 .. 3, the same as model.layers.1" in out
-
-
 def test_json_of_a_mixture_of_experts() -> None:
-    found = json.loads(run("--preset", "qwen3-moe-tiny", "--tokens", "32", "--json"))
+    found = json.loads(run("--preset", "qwen3-moe-tiny", "--tokens", "32", "--layers", "1", "--json"))
     jsonschema.validate(found, schema())
     kinds = {n["state"]["text"] for n in found["graphs"][0]["before"]}
     assert "local counts of sorted rows" in kinds

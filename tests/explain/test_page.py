@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from explain.browser import Watched, browser, opened
 from explain.models import HOSTILE, explained, hostile
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
+import cppass
 from cppass.inspection.modules import tree_of
 from cppass.inspection.views import NodeView
 
@@ -70,6 +74,28 @@ def test_text_of_a_model_makes_no_markup() -> None:
     assert [tag for tag, _ in bad.tags] == [tag for tag, _ in plain.tags]
     assert not any(name.startswith("on") or name == "style" for _, attributes in bad.tags for name in attributes)
     assert HOSTILE not in hostile().to_html()
+
+
+def test_a_module_may_be_called_anything() -> None:
+    """The whole way from a model's own module names and class names to the page and the text."""
+    name = "<img src=x onerror=alert(1)>"
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.add_module(name, nn.Linear(8, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = getattr(self, name)(x)
+            return scaled_dot_product_attention(x, x, x, is_causal=True)
+
+    Odd.__name__ = Odd.__qualname__ = "<b>Odd</b>"
+    found = cppass.explain(Odd().eval(), torch.ones(1, 2, 16, 8), cp_size=2)
+    assert [m.path for m in found.graph_view.modules.children] == [name]
+    assert name in str(found) and "<b>Odd</b>" in str(found)
+    page = found.to_html()
+    assert "img" not in {tag for tag, _ in Tags(page).tags}
+    assert name not in page and "<b>Odd" not in page
 
 
 def test_a_page_names_nothing_outside_of_itself(pages: dict[str, Path]) -> None:

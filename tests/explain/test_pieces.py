@@ -81,6 +81,7 @@ def test_a_tree_counts_roles_and_states_of_all_that_is_below() -> None:
         ("L['self']._modules['model'].norm", "model.norm"),
         ("L['self']", ""),
         ("L['args'][0].model.norm", "model.norm"),
+        ("getattr(L['self'], 'two words').norm", "two words.norm"),
         ("L['model'].norm", "model.norm"),
         ("model.norm", "model.norm"),
     ],

@@ -28,8 +28,8 @@ graph 0/0: rewritten: Decoder, 16 tokens on 2 ranks
   2 ranks share the tokens: 3 attention sites, 4 collectives in a forward, 3.1 kB received per rank.
 attention: 3 sites
   3 x scaled_dot_product_attention (CPU flash), no cache, causal; two zigzag halves
-    in    layers.0.attention to layers.2.attention
-    from  models.py in forward: out = scaled_dot_product_attention(q, k, v, dropout_p=self.dropout, is_causal=True)
+    in       layers.0.attention to layers.2.attention
+    from     models.py in forward: out = scaled_dot_product_attention(q, k, v, dropout_p=self.dropout, is_causal=True)
 4 collectives in one forward: 3.1 kB received per rank
   3 x K and V of a site: 1.0 kB each (first: getitem_1, getitem_2)
   1 x 1 selected rows: 64 B (first: slice_1)
@@ -78,7 +78,7 @@ refused
     way out  call model.eval(), or set the model's attention_dropout to 0
     or       options={'on_refusal': 'fallback'} runs this graph whole on every rank, with a warning: right numbers, and no gain
 values: 174 nodes
-  173 unknown, 1 number
+  173 unknown, 1 number, as far as it was planned
 modules: nodes, and where their rows are
   embed (Embedding): 2 nodes: 2 unknown
   layers: 164 nodes: 164 unknown
@@ -116,8 +116,8 @@ graph 0/0: left alone: Decoder, 3 tokens on 2 ranks
   The graph stays as it is and runs whole on every rank: 3 tokens, fewer than 2 * cp_size = 4.
 attention: 1 site, not rewritten
   1 x scaled_dot_product_attention (CPU flash), no cache, causal; two zigzag halves
-    in    layers.0.attention
-    from  models.py in forward: out = scaled_dot_product_attention(q, k, v, dropout_p=self.dropout, is_causal=True)
+    in       layers.0.attention
+    from     models.py in forward: out = scaled_dot_product_attention(q, k, v, dropout_p=self.dropout, is_causal=True)
 values: 45 nodes
   45 full
 cost on host-core: predicted, not measured
