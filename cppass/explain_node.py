@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 from torch import fx
@@ -32,23 +33,20 @@ def module_of(node: fx.Node) -> str:
 
     before:  L['self'].model.layers.slice(None, 28, None).0.self_attn            after:  model.layers.0.self_attn
     """
-    return _modules(node)[0]
+    return next(reversed(modules_of(node)), "")
 
 
-def module_type_of(node: fx.Node) -> str:
-    """The class of that module, "Qwen3Attention"; "" where none is known."""
-    return _modules(node)[1]
+def modules_of(node: fx.Node) -> dict[str, str]:
+    """Path -> class of the modules that the node was made in, outermost first: {"": "Decoder", "layers.0": "Layer"}."""
+    stack = node.meta.get("nn_module_stack") or {}
+    found = {}
+    for path, kind in stack.values():
+        name = kind if isinstance(kind, str) else getattr(kind, "__name__", "")
+        found[path_of(str(path))] = name.rpartition(".")[2]
+    return found
 
 
-def _modules(node: fx.Node) -> tuple[str, str]:
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return "", ""
-    path, kind = list(stack.values())[-1]
-    name = kind if isinstance(kind, str) else getattr(kind, "__name__", "")
-    return path_of(str(path)), name.rpartition(".")[2]
-
-
+@functools.lru_cache(maxsize=4096)
 def path_of(source: str) -> str:
     """A module or weight as people write it, from how Dynamo reaches it.
 

@@ -11,7 +11,7 @@ from torch import fx
 
 from cppass import torch_private
 from cppass.cost import Hardware
-from cppass.explain_node import module_of, module_type_of, path_of, source_of
+from cppass.explain_node import modules_of, path_of, source_of
 from cppass.graph_text import lines_of, op_text
 from cppass.inspection import states
 from cppass.inspection.cost import cost_view
@@ -93,7 +93,7 @@ def graph_view(seen: Seen) -> GraphView:
         report=report,
         nodes=nodes,
         after=after,
-        modules=tree_of(nodes),
+        modules=tree_of(nodes, _module_types(stages.before)),
         layout=layout_view(stages, hints),
         cost=cost_view(stages, seen.hardware),
         gather_bytes=tuple(_bytes(g.formula, hints) for g in report.gathers),
@@ -110,7 +110,8 @@ def _views(
         role = roles.get(node, "")
         if not role and kinds[node].kind in ("gathered", "fetched"):
             role = "gather"
-        call, module = line.call, module_of(node)
+        modules = modules_of(node)
+        call, module = line.call, next(reversed(modules), "")
         if node.op == "placeholder" and (source := inputs.get(node.name, "")):
             call, module = f"input {path_of(source)}", _module_of_weight(source)
         found.append(
@@ -122,13 +123,18 @@ def _views(
                 call=call if len(call) <= LONGEST_CALL else call[:LONGEST_CALL] + " ...",
                 state=kinds[node],
                 module=module,
-                module_type=module_type_of(node),
+                module_type=modules.get(module, ""),
                 where=source_of(node),
                 role=role,
                 inputs=tuple(n.name for n in node.all_input_nodes),
             )
         )
     return tuple(found)
+
+
+def _module_types(graph: fx.Graph) -> dict[str, str]:
+    """Path -> class of every module of a graph."""
+    return {path: kind for node in graph.nodes for path, kind in modules_of(node).items()}
 
 
 def _module_of_weight(source: str) -> str:

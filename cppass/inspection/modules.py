@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from cppass.inspection.views import ModuleView, NodeView
 
@@ -22,19 +22,24 @@ class _Module:
     children: dict[str, _Module] = dataclasses.field(default_factory=dict)
 
 
-def tree_of(nodes: Iterable[NodeView]) -> ModuleView:
+def tree_of(nodes: Iterable[NodeView], types: Mapping[str, str] | None = None) -> ModuleView:
     """The tree of the modules that nodes were made in; its root stands for the model and has the path "".
 
     before:  layers.0, layers.1, .., layers.27            after:  layers.0, and layers.1 with `same` of 27 paths
 
+    Args:
+        types: path -> class of modules, for those in which no node was made.
+
     Two siblings are the same where their names are numbers and their nodes are: ops, shapes and states in order.
     """
-    root = _Module("")
+    types = types or {}
+    root = _Module("", types.get("", ""))
     for node in nodes:
         module = root
         parts = node.module.split(".") if node.module else []
         for i, part in enumerate(parts):
-            module = module.children.setdefault(part, _Module(".".join(parts[: i + 1])))
+            path = ".".join(parts[: i + 1])
+            module = module.children.setdefault(part, _Module(path, types.get(path, "")))
         module.type = node.module_type or module.type
         module.own.append(node)
     return _view(root)[0]

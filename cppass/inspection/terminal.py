@@ -8,7 +8,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from cppass.inspection.text import graphs_as_text, lines
+from cppass.inspection.text import KEY_WIDTH, graphs_as_text, lines
 from cppass.inspection.views import Explanation
 
 STYLES = {
@@ -28,11 +28,15 @@ def show(explanation: Explanation, console: Console, graphs: bool = False) -> No
     for line in lines(explanation):
         if line.style == "head":
             console.print()
-        row = Table.grid()
-        row.add_column(no_wrap=True)
-        row.add_column(overflow="fold")
-        row.add_row(Text(line.label, style="dim"), Text(line.text, style=STYLES[line.style]))
-        console.print(Padding(row, (0, 0, 0, 2 * line.indent), expand=False))
+        text = Text(line.text, style=STYLES[line.style])
+        if line.key:
+            row = Table.grid()
+            row.add_column(width=2 * line.indent + KEY_WIDTH)
+            row.add_column(overflow="fold")
+            row.add_row(Padding(Text(line.key, style="dim"), (0, 0, 0, 2 * line.indent)), text)
+            console.print(row)
+        else:
+            console.print(Padding(text, (0, 0, 0, 2 * line.indent), expand=False))
     if graphs:
         console.print(Rule(style="dim"))
         console.print(graphs_as_text(explanation.graph_view), markup=False, highlight=False, soft_wrap=True, end="")

@@ -184,6 +184,20 @@ def test_the_list_is_used_by_keyboard(rewritten: Watched) -> None:
     assert page.evaluate("document.activeElement.id") == "list"
 
 
+def test_weights_are_shown_on_demand(rewritten: Watched) -> None:
+    page = rewritten.page
+    few = page.inner_text("#count")
+    page.fill("#search", "layers.1.attention.qkv aten.t")
+    page.wait_for_selector("#count:has-text('1 of ')")
+    page.locator("#list .row").click()
+    page.locator("#detail .link").first.click()
+    assert page.is_checked("#weights")
+    assert "input layers.1.attention.qkv.weight" in page.inner_text("#list [aria-selected='true']")
+    assert page.inner_text("#count") != few
+    page.uncheck("#weights")
+    assert page.inner_text("#count") == few
+
+
 def test_before_and_after_side_by_side(rewritten: Watched) -> None:
     page = rewritten.page
     page.locator("#tab-nodes").focus()

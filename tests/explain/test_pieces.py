@@ -11,7 +11,7 @@ from torch import fx
 
 from cppass.cost import HARDWARE, break_even_tokens
 from cppass.cost.curve import step_seconds
-from cppass.explain_node import module_of, module_type_of, refuse
+from cppass.explain_node import module_of, modules_of, refuse
 from cppass.inspection.layout import describe
 from cppass.inspection.modules import repeated, tree_of
 from cppass.inspection.pairs import rows_of
@@ -90,7 +90,7 @@ def test_module_paths_as_people_write_them(path: str, expected: str) -> None:
     graph = fx.Graph()
     x = graph.placeholder("x")
     x.meta["nn_module_stack"] = {"key": (path, "somewhere.Attention")}
-    assert (module_of(x), module_type_of(x)) == (expected, "Attention")
+    assert (module_of(x), modules_of(x)) == (expected, {expected: "Attention"})
 
 
 # -- side by side -----------------------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ class ModuleTree {
     if (this.isOpenable(item)) row.setAttribute("aria-expanded", Boolean(item.open));
     row.append(element("span", "twist", this.isOpenable(item) ? (item.open ? "\u25be" : "\u25b8") : ""), element("span", "label", item.label || "model"));
     if (item.module.same.length && !item.single) row.append(element("span", "same", `${item.module.same.length} \u00d7 same`));
-    if (item.module.type && item.level > 1) row.append(element("span", "type", item.module.type));
+    if (item.module.type) row.append(element("span", "type", item.module.type));
     if (item.module.marks.refused) row.append(element("span", "alarm", "refused"));
     row.append(element("span", "nodes", item.module.nodes.toLocaleString("en")));
     return row;
