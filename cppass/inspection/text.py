@@ -57,12 +57,15 @@ def lines(explanation: Explanation) -> Iterator[Line]:
     yield from _sites(view)
     yield from _gathers(view)
     yield from _notes(view)
-    yield from _states(view)
+    is_decided = "unknown" not in summary.states(view)
+    if is_decided:
+        yield from _states(view)
     if view.layout is not None:
         yield from _layout(view.layout)
     if view.cost is not None:
         yield from _cost(view.cost)
-    yield from _modules(view)
+    if is_decided:
+        yield from _modules(view)
     yield from _others(explanation)
 
 

@@ -77,14 +77,6 @@ refused
     from     models.py in forward: out = scaled_dot_product_attention(q, k, v, dropout_p=self.dropout, is_causal=True)
     way out  call model.eval(), or set the model's attention_dropout to 0
     or       options={'on_refusal': 'fallback'} runs this graph whole on every rank, with a warning: right numbers, and no gain
-values: 174 nodes
-  173 unknown, 1 number, as far as it was planned
-modules: nodes, and where their rows are
-  embed (Embedding): 2 nodes: 2 unknown
-  layers: 164 nodes: 164 unknown
-    layers.0 (Layer): 58 nodes: 58 unknown
-    layers.1 .. 2 (Layer): 2 x same, each 53 nodes: 53 unknown
-  head (Linear): 5 nodes: 5 unknown
 """,  # noqa: E501
     )
 
