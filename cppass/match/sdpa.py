@@ -56,7 +56,8 @@ def _site(node: fx.Node, form: str, mask: object, dropout: object, is_causal: ob
         )
     if len(shape_of(query)) != 4:
         seen = list(shape_of(query))
-        return refuse("CP103", node, f"attention over a query of shape {seen}; [B, H, S, D] is supported", "")
+        way_out = "give query, key and value four dimensions: x.unsqueeze(0) of [H, S, D], and squeeze the result"
+        return refuse("CP103", node, f"attention over a query of shape {seen}; [B, H, S, D] is supported", way_out)
     if is_causal and _shorter(shape_of(key)[2], shape_of(query)[2]):
         return refuse("CP103", node, "is_causal with fewer keys than queries", "pass the mask, or the whole key")
     scale = node.kwargs.get("scale")

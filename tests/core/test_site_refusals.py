@@ -79,6 +79,7 @@ def test_attention_that_is_refused(
     seen = found(function, *inputs, pre_dispatch=pre_dispatch)
     assert [r.code for r in seen.refusals] == [code]
     assert says in seen.refusals[0].why
+    assert seen.refusals[0].hint
     assert not seen.sites
 
 
