@@ -29,10 +29,13 @@ def verify_sharded(graph: fx.Graph, plan: ShardedPlan) -> None:
     check_waits(graph)
     names = {node.name: state for node, state in plan.entering.items()}
     entering = {n: names[n.name] for n in graph.nodes if n.op == "placeholder" and n.name in names}
-    states = _ShardedTyping(plan, entering).run(graph)
+    typing = _ShardedTyping(plan, entering)
+    states = typing.run(graph)
     for node in graph.nodes:
         if node.op == "output":
             _no_gathered_rows(node, states)
+    if plan.sites:
+        typing.compare(plan.sites, graph, sharded=True)
 
 
 def _no_gathered_rows(node: fx.Node, states: Mapping[fx.Node, State]) -> None:
@@ -51,6 +54,14 @@ class _ShardedTyping(Typing):
 
     def gathered_rows(self) -> Size:
         return self.plan.cp_size * self.plan.rows
+
+    def original_rows(self) -> Size:
+        return self.plan.rows
+
+    def original_shape(self, node: fx.Node) -> tuple[Size, ...]:
+        """The original is a rank's graph, too: only what is gathered has more rows."""
+        shape = shape_of(node)
+        return (self.plan.rows, *shape[1:]) if self.states.get(node) == ALL_RANKS else shape
 
     def slot_write(self, node: fx.Node, operands: list[fx.Node], given: tuple[State | None, ...]) -> None:
         """Rows in gathered order go to as many slots, which the runner gives in that order, into a whole cache."""
