@@ -358,8 +358,10 @@ class _Rewriter(Builder):
         return self.local_size[key]  # type: ignore[no-any-return]
 
 
-def _same_layout(old: fx.Node, new: fx.Node) -> bool:
+def _same_layout(old: fx.Node, new: fx.Node | int) -> bool:
     """Whether a node may keep the metadata it had with this operand: equal sizes and strides, or no tensor."""
+    if isinstance(new, int):
+        return True  # a size that turned out to be known
     before, after = old.meta.get("val"), new.meta.get("val")
     if before is after or not isinstance(before, (torch.Tensor, tuple, list)):
         return True

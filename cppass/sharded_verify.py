@@ -27,17 +27,24 @@ def verify_sharded(graph: fx.Graph, plan: ShardedPlan) -> None:
             "CP402", f"{len(plan.sites)} attention sites were found and {rewritten} rewritten", "please report this"
         )
     check_waits(graph)
-    states = states_of(graph, plan)
+    typing = _typing(graph, plan)
+    states = typing.run(graph)
     for node in graph.nodes:
         if node.op == "output":
             _no_gathered_rows(node, states)
+    if plan.sites:
+        typing.compare(plan.sites, graph, sharded=True)
 
 
 def states_of(graph: fx.Graph, plan: ShardedPlan) -> dict[fx.Node, State]:
     """The states of the local and gathered rows of a rewritten graph; other values are the same on every rank."""
+    return _typing(graph, plan).run(graph)
+
+
+def _typing(graph: fx.Graph, plan: ShardedPlan) -> _ShardedTyping:
     names = {node.name: state for node, state in plan.entering.items()}
     entering = {n: names[n.name] for n in graph.nodes if n.op == "placeholder" and n.name in names}
-    return _ShardedTyping(plan, entering).run(graph)
+    return _ShardedTyping(plan, entering)
 
 
 def _no_gathered_rows(node: fx.Node, states: Mapping[fx.Node, State]) -> None:
@@ -56,6 +63,14 @@ class _ShardedTyping(Typing):
 
     def gathered_rows(self) -> Size:
         return self.plan.cp_size * self.plan.rows
+
+    def original_rows(self) -> Size:
+        return self.plan.rows
+
+    def original_shape(self, node: fx.Node) -> tuple[Size, ...]:
+        """The original is a rank's graph, too: only what is gathered has more rows."""
+        shape = shape_of(node)
+        return (self.plan.rows, *shape[1:]) if self.states.get(node) == ALL_RANKS else shape
 
     def slot_write(self, node: fx.Node, operands: list[fx.Node], given: tuple[State | None, ...]) -> None:
         """Rows in gathered order go to as many slots, which the runner gives in that order, into a whole cache."""

@@ -3,6 +3,7 @@
 Every value of the rewritten graph is typed again, Full or Local, from the canonical ops alone: `shard` makes Local
 values, `gather` and `gather_rows` make Full ones, `attention` takes Local queries and Full keys. In between the rules
 must allow every op exactly the states its operands have. A Local value where a Full one is meant cannot pass.
+That these rows are rows of the right values is checked against the original graph (cppass/values.py).
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from cppass.match.kv import SCATTER_PA
 from cppass.op_rules import rule_of
 from cppass.ops import CANONICAL, named_arguments
 from cppass.plan import CPPlan
-from cppass.rules import is_tensor, name_of, shape_of, starts_collective, tensor_operands, waits, writes
+from cppass.rules import Transfer, is_tensor, name_of, shape_of, starts_collective, tensor_operands, waits, writes
 from cppass.shard import numbers_rows
-from cppass.site import Rewrite
+from cppass.site import AttentionSite, Rewrite
 from cppass.tokens import Size, State, Tokens, divide, size_of
+from cppass.values import difference
 
 canonical = torch.ops.cppass
 
@@ -45,10 +47,13 @@ def verify(graph: fx.Graph, plan: CPPlan) -> None:
     """Raises VerifyError where the rewritten graph is not legal, or a site was found and not rewritten."""
     _coverage(graph, plan)
     check_waits(graph)
-    states = states_of(graph, plan)
+    typing = _ReplicatedTyping(plan.step.layout)
+    states = typing.run(graph)
     for node in graph.nodes:
         if node.op == "output" or (node.op == "call_function" and not is_tensor(node) and node.target not in CANONICAL):
             _all_full(node, states)
+    if plan.sites:
+        typing.compare(plan.sites, graph)
 
 
 def states_of(graph: fx.Graph, plan: CPPlan) -> dict[fx.Node, State]:
@@ -93,6 +98,7 @@ class Typing:
     def __init__(self, rows: Size = 0) -> None:
         self.rows = rows  # local ones
         self.states: dict[fx.Node, State] = {}
+        self.taken: dict[fx.Node, Transfer] = {}  # how each Local value is computed
 
     def run(self, graph: fx.Graph) -> dict[fx.Node, State]:
         for node in graph.nodes:
@@ -123,6 +129,7 @@ class Typing:
         for slot, state in enumerate(given):
             transfer = rule.forward(node, slot, state, rows) if rule is not None and state is not None else None
             if transfer is not None and self._agree(operands, given, transfer.operands):
+                self.taken[node] = transfer
                 return transfer.out
         raise illegal(node, f"mixes rows: operands are {[str(s) if s else 'Full' for s in given]}")
 
@@ -132,6 +139,29 @@ class Typing:
         assert isinstance(source, fx.Node)
         layout = str(named_arguments(source).get("input_layout", "TND"))
         return self.states[source] if node.args[1] == 0 else Tokens(LSE_DIM[layout])
+
+    def compare(self, sites: tuple[AttentionSite, ...], graph: fx.Graph, sharded: bool = False) -> None:
+        """Raise where values are not those of the graph that the sites are in."""
+        found = difference(sites[0].node.graph, graph, sites, self.original_shape, self._counted, sharded)
+        if found is not None:
+            raise illegal(*found)
+
+    def _counted(self, node: fx.Node, place: int) -> Size | None:
+        """The size that an arange of local rows has in the original graph, where it is this operand of a node."""
+        transfer = self.taken.get(node)
+        wanted = transfer.operands[place] if transfer is not None else None
+        operand = tensor_operands(node)[place]
+        if operand in self.states or not isinstance(wanted, Tokens) or not numbers_rows(operand, wanted):
+            return None
+        return wanted.outer * self.original_rows() * wanted.inner
+
+    def original_shape(self, node: fx.Node) -> tuple[Size, ...]:
+        """The shape that a value has in the original graph."""
+        raise NotImplementedError
+
+    def original_rows(self) -> Size:
+        """Rows of one pass over the tokens in the original graph."""
+        raise NotImplementedError
 
     def gathered_rows(self) -> Size:
         """Rows that all ranks have together."""
@@ -175,7 +205,20 @@ class _ReplicatedTyping(Typing):
     def _state(self, node: fx.Node) -> State | None:
         if node.target in CANONICAL:
             self._same_layout(node)
-        return super()._state(node)
+        state = super()._state(node)
+        if node in self.taken and any(node.kwargs.get(k) != v for k, v in self.taken[node].kwargs.items()):
+            raise illegal(node, f"has {dict(node.kwargs)}; local rows need {dict(self.taken[node].kwargs)}")
+        return state
+
+    def original_rows(self) -> Size:
+        tokens: Size = self.layout.tokens
+        return tokens
+
+    def original_shape(self, node: fx.Node) -> tuple[Size, ...]:
+        shape, state = list(shape_of(node)), self.states.get(node)
+        if isinstance(state, Tokens) and state.order != GATHERED:
+            shape[state.dim] = state.outer * self.original_rows() * state.inner
+        return tuple(shape)
 
     def _same_layout(self, node: fx.Node) -> None:
         """Every canonical op cuts and joins by the plan's token count and ranks."""

@@ -82,6 +82,19 @@ def test_a_size_that_turned_out_to_be_known() -> None:
     check(Snippet(run, lambda tokens: inputs), gm, 16, 2, True)
 
 
+def test_arithmetic_on_sizes_that_turned_out_to_be_known() -> None:
+    """numel() of a local value is a number by the time the graph is rewritten, and an operand of a division."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = scaled_dot_product_attention(q, k, v, is_causal=True)
+        flat = out.transpose(1, 2).reshape(out.shape[2] * 2, -1)
+        return flat * (int(out.shape[1]) + int(out.shape[2]) + int(out.shape[3]))
+
+    inputs = SNIPPETS["causal"].inputs(16)
+    gm = make_fx(run, tracing_mode="symbolic")(*inputs)
+    check(Snippet(run, lambda tokens: inputs), gm, 16, 2, True)
+
+
 def test_a_size_beside_the_tokens_may_be_a_power() -> None:
     """As many heads as elements of a head are one symbol: [S, H * D] is [S, s * s]."""
 

@@ -43,6 +43,7 @@ LAYERS = [  # a module imports from its own row and the rows above it
     {"shard", "step", "order", "runner"},
     {"plan", "sharded_plan", "gate"},
     {"rewrite", "sharded_rewrite", "report"},
+    {"value_numbers", "site_values", "values"},
     {"verify", "sharded_verify"},
     {"pipeline"},
     {"inspection"},

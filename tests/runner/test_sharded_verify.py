@@ -265,8 +265,10 @@ def test_attention_reads_the_cache_that_was_written() -> None:
         verify_sharded(g.graph, g.plan)
 
 
-def test_what_types_cannot_notice() -> None:
-    """Limit: verify types rows. Which value has them, numbers must tell, as in test_sharded_refusals.py."""
-    g = Graph(False)
+@pytest.mark.parametrize("packed", [False, True], ids=["paged", "packed"])
+def test_keys_and_values_keep_their_places(packed: bool) -> None:
+    """Rows of the right kind, of the wrong value: types cannot notice, the model's values do (cppass/values.py)."""
+    g = Graph(packed)
     swapped_operands_of_a_gather(g)
-    verify_sharded(g.graph, g.plan)
+    with pytest.raises(VerifyError, match=r"\[CP403\].*(does not have there|has together)"):
+        verify_sharded(g.graph, g.plan)
