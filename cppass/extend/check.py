@@ -63,7 +63,8 @@ def check_rule(
 
     Args:
         op: as for cppass.rule; it must run on the tensors given.
-        args, kwargs: an example call; dimensions that may carry tokens have 2 * cp_size rows or more.
+        args: of an example call; dimensions that may carry tokens have 2 * cp_size rows or more.
+        kwargs: of the same call.
         cp_sizes: numbers of ranks to try.
         keep_values: False draws floating-point tensors anew (normal numbers); True takes them as they are, where the op
             wants others (probabilities). Integers are always taken as they are.

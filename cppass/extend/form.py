@@ -30,15 +30,18 @@ def attention_site(
 
     Args:
         node: the call; its output, or the first of its outputs, is the attention.
-        query, key, value: the operands, as nodes; key and value are what is attended over (a written cache, where there
-            is one). Hq is a multiple of Hkv. Without a mask and `causal`, every query sees every key.
+        query: a node, as are the other operands. Hq is a multiple of Hkv.
+        key: what is attended over: a written cache, where there is one. Without a mask and `causal`, every query sees
+            every key.
+        value: of the same rows as the key.
         causal: the call is causal: the query at row p sees the keys up to p + prefix, where
             prefix = causal.constant + causal.terms (nodes), the tokens in the cache before this step.
         mask: bool or additive, broadcastable to [B, Hq, S, T]. It is read: a plainly causal one is recognised.
         scale: factor on the scores; None means 1/sqrt(D).
         heads_first: False where the operands and the output are [B, S, H, D].
-        key_fresh, value_fresh: the rows of this step behind key and value, and the write between. Left out, they are
-            found: written by index_copy, index_put, slice_scatter, cat or torch_npu's cache ops, or no cache at all.
+        key_fresh: the rows of this step behind the key, and the write between. Left out, they are found: written by
+            index_copy, index_put, slice_scatter, cat or torch_npu's cache ops, or no cache at all.
+        value_fresh: the same of the value.
     """
     tokens = 2 if heads_first else 1
     if heads_first:

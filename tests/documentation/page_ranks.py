@@ -49,6 +49,13 @@ def of_a_runner() -> dict[str, Any]:
     }
 
 
+def of_one_process() -> dict[str, Any]:
+    import qwen
+
+    model = qwen.model("dense", "sdpa")
+    return of_transformers() | {"cppass": cppass, "torch": torch, "model": model, "rank": 0}
+
+
 NAMES: dict[str, Callable[[], dict[str, Any]]] = {
     "README.md": of_transformers,
     "docs/transformers.md": dict,
@@ -56,7 +63,10 @@ NAMES: dict[str, Callable[[], dict[str, Any]]] = {
     "docs/runner.md": of_a_runner,
     "docs/own-backend.md": of_npu_ops,
 }
-"""Pages -> the names that their blocks take for granted."""
+"""Pages that are run on ranks -> the names that their blocks take for granted."""
+
+ALONE: dict[str, Callable[[], dict[str, Any]]] = dict.fromkeys(("docs/explain.md", "docs/logs.md"), of_one_process)
+"""The same of pages that need no ranks; a page that is in neither table takes nothing for granted."""
 
 
 def run_pages(rank: int, folder: str, ports: dict[str, int]) -> dict[str, PageResult]:

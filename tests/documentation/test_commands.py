@@ -14,6 +14,7 @@ from cppass.cli import app
 
 SHELL = re.compile(r"^ *```(?:bash|sh)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:cppass|pytest|python|torchrun) [^`\n]+)`")
+LABEL = re.compile(r"cppass [\w ]+: ")  # the name of a range in a profile, not a command
 PATH = re.compile(r"`((?:cppass|lowering|tests|docs|examples|\.ci)/[\w./-]*)`")
 EXTRA = re.compile(r"(?:cppass|\.)\[([\w,-]+)\]")
 
@@ -22,7 +23,7 @@ def commands(page: str) -> Iterator[list[str]]:
     """Command lines of a page as lists of words: lines of shell blocks and code in running text."""
     text = (ROOT / page).read_text(encoding="utf-8")
     lines = [line for block in SHELL.findall(text) for line in block.replace("\\\n", " ").splitlines()]
-    for line in [*lines, *INLINE.findall(text)]:
+    for line in [*lines, *(code for code in INLINE.findall(text) if not LABEL.match(code))]:
         for command in line.split("&&"):
             if words := shlex.split(command, comments=True):
                 yield words
@@ -36,7 +37,10 @@ def ours(words: list[str]) -> list[str] | None:
 
 
 def wrong(words: list[str]) -> str:
-    """What is wrong with a command of cppass, "" where nothing is. One capital letter stands for a number."""
+    """What is wrong with a command of cppass, "" where nothing is.
+
+    One capital letter stands for a number; an option at the end may be named without its value.
+    """
     group = typer.main.get_command(app)
     name, *arguments = ["1" if re.fullmatch("[A-Z]", word) else word for word in words]
     try:
@@ -44,7 +48,8 @@ def wrong(words: list[str]) -> str:
     except KeyError:
         return f"cppass has no command {name!r}"
     except Exception as error:
-        return f"{type(error).__name__}: {getattr(error, 'message', error)}"
+        told = f"{type(error).__name__}: {getattr(error, 'message', error)}"
+        return "" if told == f"BadOptionUsage: Option {words[-1]!r} requires an argument." else told
     return ""
 
 
@@ -82,6 +87,7 @@ def test_wrong_commands_are_noticed() -> None:
     assert wrong(["run", "--tokens", "N", "--cp", "4"]) == ""
     assert "--colour" in wrong(["run", "--colour", "red"])
     assert "integer" in wrong(["run", "--tokens", "many"])
+    assert wrong(["run", "--tokens"]) == ""
     assert wrong(["walk"]) == "cppass has no command 'walk'"
     assert ours(shlex.split("torchrun --nproc-per-node=2 -m cppass.cli run --cp 2")) == ["run", "--cp", "2"]
     assert ours(shlex.split(".venv/bin/cppass cost --tokens 9")) == ["cost", "--tokens", "9"]

@@ -12,6 +12,8 @@ from types import SimpleNamespace
 import pytest
 from mkdocs.exceptions import PluginError
 
+import cppass
+
 ROOT = Path(__file__).parents[2]
 LOADED = re.compile(
     r"""<(?:script|img|iframe|link(?![^>]*rel="?(?:canonical|next|prev)))[^>]*?(?:src|href)="?(https?:)?//"""
@@ -60,6 +62,12 @@ def test_reference_comes_from_docstrings(site: Path) -> None:
     runner = (site / "reference" / "runner.html").read_text(encoding="utf-8")
     assert 'id="cppass.runner.plan_step"' in runner
     assert "Call it with the same arguments" in runner
+
+
+def test_every_public_name_is_in_the_reference(site: Path) -> None:
+    pages = "".join(page.read_text(encoding="utf-8") for page in (site / "reference").glob("*.html"))
+    missing = {name for name in cppass.__all__ if f'id="cppass.{name}"' not in pages}
+    assert missing == {"__version__"}
 
 
 def test_nothing_is_loaded_from_elsewhere(site: Path) -> None:
