@@ -51,9 +51,26 @@ def step_of(sites: tuple[AttentionSite, ...], cp_size: int) -> Step | Refusal:
             f"the query lengths add up to {sum(lengths)}, but the query has {tokens} rows",
             "pass cumulative query lengths whose last one is the number of query rows",
         )
+    for site in sites:
+        if _has_window_over_one_row(site, cp_size):
+            return refuse(
+                "CP103",
+                site.node,
+                f"a sliding window (sparse_mode 4) over {tokens} rows in {site.fused.input_layout}: "  # type: ignore[union-attr]
+                f"{cp_size} ranks have halves of one row, and the op takes no window for one row",
+                f"TND, or at least {2 * blocks(cp_size)} tokens",
+            )
     even = all(isinstance(n, int) for n in lengths) or first.fused is not None
     even = even and bool(sum(n % blocks(cp_size) for n in lengths) == 0)
     return Step(first.ends, Zigzag(tuple(size_of(n) for n in lengths), cp_size, even))
+
+
+def _has_window_over_one_row(site: AttentionSite, cp_size: int) -> bool:
+    """The comparison is a guard."""
+    fused = site.fused
+    if fused is None or fused.input_layout == "TND" or fused.sparse_mode != 4:
+        return False
+    return bool(_tokens(site) < 2 * blocks(cp_size))
 
 
 def _unlike(site: AttentionSite, seen: str, others: str) -> Refusal:

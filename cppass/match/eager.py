@@ -19,7 +19,7 @@ from torch import fx
 
 from cppass.errors import Refusal
 from cppass.explain_node import refuse
-from cppass.match.kv import SAME, VIEWS, fresh_rows, peel_repeat, skip_same, write_of
+from cppass.match.kv import SAME, VIEWS, fresh_rows, peel_repeats, skip_same, write_of
 from cppass.match.mask import causal_mask
 from cppass.rules import argument, is_random, is_tensor, shape_of, tensor_operands
 from cppass.site import AttentionSite, Fresh, Rewrite
@@ -182,7 +182,7 @@ def _plain(softmax: fx.Node, scores: fx.Node, out: fx.Node) -> AttentionSite | N
         or not _single_use(softmax, out)
     ):
         return None
-    key4, value4 = peel_repeat(key4), peel_repeat(value4)
+    key4, value4 = peel_repeats(key4, value4)
     return AttentionSite(
         form="softmax(q @ k.T) @ v",
         node=result,

@@ -58,6 +58,15 @@ def peel_repeat(node: fx.Node) -> fx.Node:
     return skip_same(source)
 
 
+def peel_repeats(key: fx.Node, value: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """Key and value in front of their repeats, where that leaves both with as many heads; else as they are.
+
+    A key that is scaled after its repeat keeps it: softmax((q * s) @ (repeat(k) * s).T) @ repeat(v).
+    """
+    peeled = peel_repeat(key), peel_repeat(value)
+    return peeled if shape_of(peeled[0])[1] == shape_of(peeled[1])[1] else (key, value)
+
+
 @dataclasses.dataclass(frozen=True)
 class Write:
     """A functional KV write.

@@ -10,7 +10,7 @@ from torch import fx
 
 from cppass.errors import Refusal
 from cppass.explain_node import refuse
-from cppass.match.kv import fresh_rows, peel_repeat
+from cppass.match.kv import fresh_rows, peel_repeats
 from cppass.match.mask import causal_mask
 from cppass.rules import argument, shape_of
 from cppass.site import AttentionSite, Causal
@@ -64,7 +64,7 @@ def _site(node: fx.Node, form: str, mask: object, dropout: object, is_causal: ob
     causal = Causal() if is_causal else None
     if isinstance(mask, fx.Node):
         causal = causal_mask(mask)
-    key, value = peel_repeat(key), peel_repeat(value)
+    key, value = peel_repeats(key, value)
     return AttentionSite(
         form=form,
         node=node,

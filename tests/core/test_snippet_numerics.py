@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from core.attention_forms import repeat_kv
 from core.snippets import SNIPPETS, B, D, F, G, H, Snippet, causal, qkv, rand, traced
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -102,6 +103,19 @@ def test_rows_in_the_wrong_order_are_noticed() -> None:
     (plain,), _ = alone(causal, qkv(16))
     unordered = plain[:, :, [0, 1, 2, 3, 12, 13, 14, 15, 4, 5, 6, 7, 8, 9, 10, 11]]
     assert (plain - unordered).abs().max() > 1e-1
+
+
+@pytest.mark.parametrize("heads", [1, G])
+@pytest.mark.parametrize("lower", [True, False], ids=["lowered", "meanings"])
+@pytest.mark.parametrize("scaled", ["keys", "values"])
+def test_one_of_keys_and_values_changes_after_its_repeat(scaled: str, lower: bool, heads: int) -> None:
+    """The other's repeat stays, too: attention has as many key heads as value heads."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = repeat_kv(k, H // heads), repeat_kv(v, H // heads)
+        return causal(q, k * 0.5, v) if scaled == "keys" else causal(q, k, v * 0.5)
+
+    check(Snippet(run, lambda tokens: qkv(tokens, heads)), 13, 2, lower)
 
 
 # -- shapes and strides ------------------------------------------------------------------------------------------------
