@@ -73,14 +73,20 @@ def run_as_rank(job: Job, world: World, display: Display) -> Outcome | None:
         RankError: what failed, on the one rank that is to show it.
         ShownElsewhere: on the others.
     """
-    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+    from torch.distributed import DistError, PrefixStore  # type: ignore[attr-defined]
     from torch.distributed.rendezvous import rendezvous
 
     from cppass.demo.group import check_gloo
 
     check_gloo()
     bind_loopback(os.environ)
-    store, _, _ = next(rendezvous("env://", timeout=datetime.timedelta(seconds=job.timeout)))
+    try:
+        store, _, _ = next(rendezvous("env://", timeout=datetime.timedelta(seconds=job.timeout)))
+    except (DistError, ValueError) as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise OptionError(
+            "CP054", f"the ranks cannot meet at {where}: {error}", "start it by torchrun, or choose a free MASTER_PORT"
+        ) from error
     store = PrefixStore("cppass", store)
     store.set_timeout(datetime.timedelta(seconds=job.timeout))
     if world.rank == 0:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import signal
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from cppass import cli
 from cppass.demo import prefill
 from cppass.demo.failure import Failure, RankError
 from cppass.demo.job import Job, phases
@@ -49,6 +52,17 @@ def test_a_killed_rank_is_named_and_takes_the_others_along(tmp_path: Path) -> No
         run_phase(TINY, phases(TINY)[1], tmp_path, _to_rank_1(signal.SIGKILL))
     assert caught.value.code == "CP651"
     assert not ranks_left()
+
+
+def test_a_port_that_is_in_use() -> None:
+    """As torchrun's variables have it: rank 0 is to hold the store at a port that another process listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        world = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+        result = CliRunner(env=world | place).invoke(cli.app, ["run", "--preset", "qwen3-tiny", "--tokens", "64"])
+    assert result.exit_code == 1
+    assert "[CP054] the ranks cannot meet at 127.0.0.1:" in result.stderr
+    assert "choose a free MASTER_PORT" in result.stderr
 
 
 def test_a_silent_rank_runs_into_the_timeout(tmp_path: Path) -> None:
