@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -75,7 +76,9 @@ def simulate(
 def traced(gm: fx.GraphModule | Callable[..., Any], inputs: Sequence[Any]) -> fx.GraphModule:
     """A graph of its own of a function of tensors (static shapes), or of a module."""
     if isinstance(gm, fx.GraphModule):
-        return copy.deepcopy(gm)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "TypedStorage is deprecated")  # of torch, by torch_npu's copy of a tensor
+            return copy.deepcopy(gm)
     return trace(gm, inputs)
 
 

@@ -10,7 +10,7 @@ import sympy
 import torch
 from torch import fx
 
-from cppass.match.kv import VIEWS
+from cppass.match.kv import SAME, VIEWS
 from cppass.npu_rules import ROUTINGS
 from cppass.rules import argument, is_tensor, name_of, shape_of, tensor_operands
 from cppass.tokens import Size, size_of
@@ -40,6 +40,8 @@ class Values:
         return self
 
     def number(self, node: fx.Node) -> int:
+        if node.op == "call_function" and node.target in SAME:
+            return self.operands(node)[0]  # a copy is the value it copies
         return self.numbered(self.key(node))
 
     def numbered(self, key: Hashable) -> int:

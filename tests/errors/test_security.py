@@ -14,10 +14,12 @@ ALLOWED = {
     ("cppass/tokens.py", "sympify"): "sizes: ints and expressions of torch's own symbols, no text",
     ("cppass/match/mask.py", "sympify"): "a bool, int or float of a graph, no text",
     ("cppass/cost/formulas.py", "sympify"): "a formula of this module",
+    ("cppass/demo/prefill.py", "sympify"): "the formula of a report that this process made",
+    ("cppass/inspection/build.py", "sympify"): "the formula of a report that this process made",
     (
-        "cppass/demo/prefill.py",
-        "sympify",
-    ): "the formula of a report that this process made: numbers and torch's symbols",
+        "cppass/demo/explained.py",
+        "runs a file",
+    ): "the file that `cppass explain --script FILE.py:function` is told to run",
     ("cppass/__init__.py", "import by a computed name"): "names of a table in that file",
     ("cppass/target.py", "import by a computed name"): "a lowering's name, which CPConfig has checked",
     ("cppass/bench/sections.py", "import by a computed name"): "names of a table in that file",
@@ -55,6 +57,8 @@ def _call(name: str, node: ast.Call) -> Iterator[str]:
         yield "sympify"  # evaluates a text
     if name.rpartition(".")[2] == "import_module" and not isinstance(node.args[0], ast.Constant):
         yield "import by a computed name"
+    if name.rpartition(".")[2] == "exec_module":
+        yield "runs a file"
     if name.rpartition(".")[2] in ("CDLL", "PyDLL", "load_library", "load_inline"):
         yield "loads a library"
 
@@ -79,9 +83,10 @@ AutoModel.from_pretrained(p, trust_remote_code=True)
 sympy.sympify(text)
 importlib.import_module(name)
 ctypes.CDLL(path)
+spec.loader.exec_module(module)
 """
     harmless = (
         "torch.load(p, weights_only=True)\nmodel.eval()\nre.compile(x)\njson.load(f)\nimportlib.import_module('a')"
     )
-    assert len(list(suspicious(ast.parse(dangerous)))) == 11
+    assert len(list(suspicious(ast.parse(dangerous)))) == 12
     assert not list(suspicious(ast.parse(harmless)))
