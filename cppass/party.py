@@ -121,11 +121,11 @@ class Party:
         """Tell the others that a step ended in an error here; what to raise for it.
 
         A rank that raises leaves the others in a collective. If they do not fail as well, or say something else, the
-        group is destroyed: their collective then ends.
+        group is destroyed: their collective then ends, and so do those of the ranks that wait for them in turn.
         """
         own = not _is_lost_connection(error)
         self.fail(error)
-        if own and not self._all_went_on():
+        if not own or not self._all_went_on():
             self._destroy_group()
         return error if own else self._cause_of(error)
 

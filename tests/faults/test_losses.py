@@ -56,6 +56,17 @@ def test_every_rank_ends_in_time_and_says_why(name: str) -> None:
     assert not [p for p in psutil.Process().children() if "spawn_main" in " ".join(p.cmdline())]
 
 
+@pytest.mark.parametrize("name", ["killed_in_the_middle_of_a_prefill", "raises_in_the_middle_and_lives"])
+def test_a_rank_that_waits_for_a_rank_that_waits_ends_too(name: str) -> None:
+    """Four ranks, whose collectives go in a ring: not all of them talk to the one that is lost."""
+    ranks = run_ranks(4, LOSSES[name], timeout=150)
+    lost = ranks.pop(1)
+    assert lost.signal == signal.SIGKILL or "no more pages" in lost.text
+    for ended in ranks:
+        assert ended.seconds < 60, "well before the timeout of the group"
+        assert (ended.result or {}).get("code") == "CP608" or "[CP60" in ended.text
+
+
 def test_the_holder_of_the_store_dies() -> None:
     """As under MASTER_ADDR: rank 0's process is where the others meet."""
     with socket.socket() as free:
