@@ -25,7 +25,7 @@ from cppass.match import mask
 
 pytestmark = pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")  # torch_npu, copying constants
 MakeTally = Callable[[str], Tally]
-SAMPLE = 60
+SAMPLE = 40
 
 
 def checked(program: Program) -> str:
@@ -81,9 +81,9 @@ def first_wrong(word: str = "") -> Program | None:
 
 
 def test_a_wrong_rule_is_found() -> None:
-    """flip as if it kept rows apart: verification trusts the rules, numbers do not."""
-    with unittest.mock.patch.dict(op_rules.RULES, {torch.ops.aten.flip.default: op_rules.POINTWISE}):
-        assert first_wrong("flip") is not None
+    """cumsum as if it kept rows apart: verification trusts the rules, numbers do not."""
+    with unittest.mock.patch.dict(op_rules.RULES, {torch.ops.aten.cumsum.default: op_rules.POINTWISE}):
+        assert first_wrong("cumsum") is not None
 
 
 def test_rows_put_back_in_another_order_are_found() -> None:
