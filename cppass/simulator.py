@@ -21,7 +21,9 @@ from cppass.capture import check_inputs, trace
 from cppass.config import CPConfig
 from cppass.errors import OptionError, VerifyError
 from cppass.ops import CANONICAL, MEANINGS, PER_RANK
+from cppass.ranks import ranks_without_group
 from cppass.report import REWRITTEN
+from cppass.target import load, target_of
 
 c10d = torch.ops._c10d_functional
 MOST_RANKS = 1024  # of which each has its own inputs in this process
@@ -69,8 +71,20 @@ def simulate(
     _check_fit(graphs[0], given, cp_size)
     graphs = graphs if len(graphs) == cp_size else graphs[:1] * cp_size
     with torch.no_grad():
-        outputs = _Lockstep(graphs, given).run()
+        outputs = run_in_lockstep(graphs, given)
     return list(zip(outputs, given, strict=True))
+
+
+def run_in_lockstep(graphs: Sequence[fx.GraphModule], inputs: Sequence[Sequence[Any]]) -> list[Any]:
+    """Outputs per rank of one graph a rank, canonical or lowered; inputs are written to where the graphs do."""
+    return _Lockstep(graphs, inputs).run()
+
+
+def lowered(gm: fx.GraphModule, config: CPConfig) -> fx.GraphModule:
+    """A copy of a canonical graph, lowered for rank config.rank of config.cp_size."""
+    own = traced(gm, ())
+    load(target_of(own, config)[0]).lower(own, ranks_without_group(config), config)
+    return own
 
 
 def traced(gm: fx.GraphModule | Callable[..., Any], inputs: Sequence[Any]) -> fx.GraphModule:
@@ -114,7 +128,7 @@ def _cloned(inputs: Sequence[Any]) -> list[Any]:
 class _Lockstep:
     """Every rank runs to its next collective; then they exchange tensors and go on."""
 
-    def __init__(self, graphs: list[fx.GraphModule], inputs: list[list[Any]]) -> None:
+    def __init__(self, graphs: Sequence[fx.GraphModule], inputs: Sequence[Sequence[Any]]) -> None:
         self.ranks = [_Rank(gm, given) for gm, given in zip(graphs, inputs, strict=True)]
 
     def run(self) -> list[Any]:
@@ -146,7 +160,7 @@ def _exchange(node: fx.Node, given: list[tuple[tuple[Any, ...], dict[str, Any]]]
 class _Rank:
     """One rank's graph, run node by node."""
 
-    def __init__(self, gm: fx.GraphModule, inputs: list[Any]) -> None:
+    def __init__(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> None:
         self.gm, self.inputs, self.nodes = gm, iter(inputs), iter(gm.graph.nodes)
         self.values: dict[fx.Node, Any] = {}
 

@@ -52,12 +52,12 @@ def step_of(sites: tuple[AttentionSite, ...], cp_size: int) -> Step | Refusal:
             "pass cumulative query lengths whose last one is the number of query rows",
         )
     for site in sites:
-        if _has_window_over_one_row(site, cp_size):
+        if _has_mask_over_one_row(site, cp_size):
             return refuse(
                 "CP103",
                 site.node,
-                f"a sliding window (sparse_mode 4) over {tokens} rows in {site.fused.input_layout}: "  # type: ignore[union-attr]
-                f"{cp_size} ranks have halves of one row, and the op takes no window for one row",
+                f"a sliding window or a mask [S, T] over {tokens} rows of a dense layout: {cp_size} ranks have "
+                "halves of one row, for which the op takes neither",
                 f"TND, or at least {2 * blocks(cp_size)} tokens",
             )
     even = all(isinstance(n, int) for n in lengths) or first.fused is not None
@@ -65,10 +65,13 @@ def step_of(sites: tuple[AttentionSite, ...], cp_size: int) -> Step | Refusal:
     return Step(first.ends, Zigzag(tuple(size_of(n) for n in lengths), cp_size, even))
 
 
-def _has_window_over_one_row(site: AttentionSite, cp_size: int) -> bool:
+def _has_mask_over_one_row(site: AttentionSite, cp_size: int) -> bool:
     """The comparison is a guard."""
     fused = site.fused
-    if fused is None or fused.input_layout == "TND" or fused.sparse_mode != 4:
+    if fused is None or fused.input_layout == "TND":
+        return False
+    own_mask = fused.sparse_mode in (0, 1) and site.mask is not None and len(shape_of(site.mask)) == 2
+    if not own_mask and fused.sparse_mode != 4:
         return False
     return bool(_tokens(site) < 2 * blocks(cp_size))
 

@@ -93,9 +93,10 @@ def test_a_named_feature_is_not_implemented() -> None:
     [
         (dense("BNSD", 1, 16, sparse_mode=4, pre_tokens=5, next_tokens=2, atten_mask=MASK), "rows see later tokens"),
         (dense("BSND", 2, 7, sparse_mode=4, pre_tokens=5, next_tokens=0, atten_mask=MASK), "halves of one row"),
+        (dense("BSND", 2, 7, atten_mask=torch.ones(7, 7, dtype=torch.bool).triu(2)), "halves of one row"),
         (paged([16], write=lambda kc, vc, s, k, v: _nz(kc, vc, s, k, v)), "NZ layout"),
     ],
-    ids=["band into the future", "window over one row", "NZ"],
+    ids=["band into the future", "window over one row", "mask over one row", "NZ"],
 )
 def test_what_would_be_wrong_is_refused(snippet: Snippet, why: str) -> None:
     with pytest.raises(cppass.RefusedError, match=why):
