@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import rank_context
 
 import cppass  # noqa: F401  (before torch: it lets torch_npu be imported where there is no CANN)
 
@@ -25,7 +25,7 @@ def on_ranks(cp_size: int, function: Callable[..., Any], *args: Any, group: bool
         group: False leaves it to the function to make a process group.
     """
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.get_context("spawn")
+        context = rank_context()
         ranks = [
             context.Process(target=_rank, args=(rank, cp_size, folder, function, args, group), daemon=True)
             for rank in range(cp_size)

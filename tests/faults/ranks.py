@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import rank_context
 
 import cppass
 
@@ -46,7 +46,7 @@ def run_ranks(size: int, function: Callable[..., Any], *args: Any, timeout: floa
         timeout: of the process group, in seconds: the bound of a collective.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context = mp.get_context("spawn")
+    context = rank_context()
     with tempfile.TemporaryDirectory() as folder:
         given = [(rank, size, store.port, timeout, folder, function, args) for rank in range(size)]
         ranks = [context.Process(target=_rank, args=one, daemon=True) for one in given]
