@@ -56,13 +56,30 @@ def _attention(site: AttentionSite, values: Values) -> Hashable:
         else:
             prefix = prefix + values.frozen(term)
     window = causal.window if causal is not None else 0
-    read = values.frozen([site.query, site.key, site.value, mask])
-    assert isinstance(read, tuple)
+    rows = [values.of[x] for x in (site.query, site.key, site.value)]
+    if _is_turned(site):
+        rows = [values.numbered(_transposed(number)) for number in rows]
+    read = (*(("value", number) for number in rows), values.frozen(mask))
     return (*read, added, expanded(prefix), *map(values.frozen, (causal is not None, window, site.scale)))
 
 
 def result_of(site: AttentionSite, values: Values) -> int:
     """The number of what a canonical op returns in place of a site: of the output, where the site returns more."""
     if site.fused is not None or not isinstance(site.node.meta["val"], (tuple, list)):
-        return values.of[site.node]
-    return values.numbered((operator.getitem, (("value", values.of[site.node]), 0), ()))
+        result = values.of[site.node]
+    else:
+        result = values.numbered((operator.getitem, (("value", values.of[site.node]), 0), ()))
+    if not _is_turned(site):
+        return result
+    heads_first = values.numbered(("heads first", result))
+    values.table[_transposed(heads_first)] = result
+    return heads_first
+
+
+def _is_turned(site: AttentionSite) -> bool:
+    """Tokens before heads, [B, S, H, D]: the canonical op is between transposes."""
+    return site.fused is None and site.query_dim == 1
+
+
+def _transposed(number: int) -> Hashable:
+    return aten.transpose.int, (("value", number), 1, 2), ()
