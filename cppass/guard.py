@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from cppass.checked import checked_first
 from cppass.config import CPConfig
 from cppass.errors import PeerError
 from cppass.fingerprint import Fingerprint, first_difference
@@ -35,13 +36,14 @@ def agreed(
     """
     met = False
 
-    def call(*args: Any) -> Any:
+    def check(inputs: Sequence[Any]) -> None:
         nonlocal met
         party.check_group()
         if not met or config.agreement == "step":
-            inputs = args[0] if len(args) == 1 and isinstance(args[0], list) else args
             compare(party, mark, _sizes(inputs, varying), _hash(inputs) if config.check_inputs else "")
         met = True
+
+    def told(*args: Any) -> Any:
         try:
             return run(*args)
         except Exception as error:
@@ -50,24 +52,22 @@ def agreed(
                 raise
             raise raised from error
 
-    call._boxed_call = getattr(run, "_boxed_call", False)  # type: ignore[attr-defined]
-    return call
+    told._boxed_call = getattr(run, "_boxed_call", False)  # type: ignore[attr-defined]
+    return checked_first(told, check)
 
 
 def agreed_once(run: Callable[..., Any], party: Party, mark: Fingerprint) -> Callable[..., Any]:
     """`run`, a graph that was left alone, with an agreement before its first call: was it left alone everywhere?"""
     met = False
 
-    def call(*args: Any) -> Any:
+    def check(inputs: Sequence[Any]) -> None:
         nonlocal met
         if not met:
             party.check_group()
             compare(party, mark)
         met = True
-        return run(*args)
 
-    call._boxed_call = getattr(run, "_boxed_call", False)  # type: ignore[attr-defined]
-    return call
+    return checked_first(run, check)
 
 
 def compare(party: Party, mark: Fingerprint, sizes: Mapping[str, Any] | None = None, ids: str = "") -> None:

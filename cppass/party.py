@@ -36,9 +36,8 @@ def party_of(ranks: Ranks, timeout: float | None = None) -> Party | None:
     """
     if ranks.cp_size == 1:
         return None
-    try:
-        group = resolve_group(ranks.group_name)
-    except (RuntimeError, ValueError):
+    group = _find_group(ranks.group_name)
+    if group is None:
         return None
     known = _parties.get(ranks.group_name)
     if known is None or not known.is_of(group):
@@ -48,6 +47,14 @@ def party_of(ranks: Ranks, timeout: float | None = None) -> Party | None:
         known = _parties[ranks.group_name] = Party(group, store, ranks)
     known.timeout = known.timeout if timeout is None else timeout
     return known
+
+
+def _find_group(name: str) -> Any:
+    """The process group of this name, None where there is none."""
+    try:
+        return resolve_group(name)
+    except (RuntimeError, ValueError):
+        return None
 
 
 class Party:
@@ -76,10 +83,7 @@ class Party:
 
     def check_group(self) -> None:
         """Raises PeerError CP607 where the group that a graph was compiled for is no more."""
-        try:
-            now = resolve_group(self.ranks.group_name)
-        except (RuntimeError, ValueError):
-            now = None
+        now = _find_group(self.ranks.group_name)
         if now is None or not self.is_of(now):
             raise PeerError(
                 "CP607",
@@ -273,7 +277,7 @@ LOST = (
     "gloo",
     "HCCL",
 )
-LOST_KINDS = ("DistBackendError", "DistNetworkError", "DistStoreError", "RuntimeError: [Rank", "RuntimeError: gloo")
+LOST_KINDS = ("DistBackendError", "DistNetworkError", "DistStoreError", "RuntimeError: [Rank")
 
 
 def _is_lost_connection(error: Exception) -> bool:
