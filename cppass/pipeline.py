@@ -17,6 +17,7 @@ from cppass.logs import log_graph, log_plan, log_sites
 from cppass.match import find_sites, outside_notes
 from cppass.plan import CPPlan, make_plan
 from cppass.prepare import prepare
+from cppass.replicated import replicated, replicated_refusals
 from cppass.report import (
     LEFT_ALONE,
     REFUSED,
@@ -126,11 +127,14 @@ def run_stages(
             return Stages(dataclasses.replace(base, reason=reason), graph, found.sites)
     plan = make_plan(graph, found.sites, reach, step, config.strict)
     log_plan(plan)
-    refusals += tuple(r for r in plan.refusals if not _said_before(r, refusals))
+    whole = replicated(reach)
+    refused = (*plan.refusals, *(replicated_refusals(whole) if config.strict else ()))
+    refusals += tuple(r for r in refused if not _said_before(r, refusals))
     if refusals:
         return Stages(_refused(base, refusals), graph, found.sites, plan)
     notes = mask_notes(plan.sites, cp_size)
     notes += tuple(f"gathered {g.node.name}: {g.why}" for g in plan.gathered if not g.expected)
+    notes += tuple(map(str, whole))
     report = dataclasses.replace(base, status=REWRITTEN, gathers=describe_gathers(plan), notes=notes)
     rewritten = rewrite(graph, plan)
     log_graph("rewritten", rewritten)

@@ -49,7 +49,7 @@ class Shapes:
         recipe = self._known.get(key)
         if recipe is not None:
             return self._made(recipe, operands)
-        with self.mode:
+        with torch_private.shapes_under(self.mode):
             result = target(*args, **kwargs)
         self._known[key] = _recipes(result, operands)
         return result

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.exc import RestartAnalysis, SkipFrame
 from torch._subclasses.fake_tensor import (
     FakeTensor,
@@ -158,6 +159,16 @@ def is_plain_fake(x: torch.Tensor) -> bool:
     numbers = (*x.shape, *x.stride(), x.storage_offset())
     plain = type(x) is FakeTensor and x.layout is torch.strided and x.constant is None and not x.requires_grad
     return plain and not any(is_unbacked(n) for n in numbers)
+
+
+@contextmanager
+def shapes_under(mode: FakeTensorMode) -> Iterator[None]:
+    """Ops called in here make fake tensors, by the shape functions that tracing uses.
+
+    Without the Python dispatcher, ops such as constant_pad_nd run C++ code, which makes numbers of symbolic sizes.
+    """
+    with mode, enable_python_dispatcher():
+        yield
 
 
 def same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:

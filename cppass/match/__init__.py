@@ -10,13 +10,14 @@ import torch
 from torch import fx
 
 from cppass.errors import Refusal
-from cppass.explain_node import op_of, refuse
+from cppass.explain_node import op_of, refuse, source_of
 from cppass.fused_op import OPS
 from cppass.match.eager import match_eager, scores_are_given
 from cppass.match.fused import match_fused
 from cppass.match.sdpa import match_flash_for_cpu, match_sdpa
+from cppass.op_rules import contraction_is_one, factors, is_matmul
 from cppass.registry import registered_form, registered_rule
-from cppass.rules import is_tensor, name_of
+from cppass.rules import is_tensor, name_of, shape_of
 from cppass.site import AttentionSite
 
 aten = torch.ops.aten
@@ -129,12 +130,25 @@ def outside_notes(graph: fx.Graph) -> tuple[str, ...]:
             "every rank (fullgraph=True shows where)",
         )
     beside = next((node for node in graph.nodes if name_of(node) in BESIDE_ATTENTION), None)
-    if beside is None:
+    if beside is not None:
+        return (
+            f"{op_of(beside)} is in this graph and no attention is: it broke out of the graph and runs unsharded on "
+            "every rank (fullgraph=True shows where; lengths in a device tensor, where a list of ints is taken, do "
+            "this)",
+        )
+    product = next((node for node in graph.nodes if _is_batched_product(node)), None)
+    if product is None:
         return ()
+    where = source_of(product)
     return (
-        f"{op_of(beside)} is in this graph and no attention is: it broke out of the graph and runs unsharded on every "
-        "rank (fullgraph=True shows where; lengths in a device tensor, where a list of ints is taken, do this)",
+        f"{op_of(product)} (node {product.name}{where and ', ' + where}) multiplies two batches of matrices: if that "
+        "is attention, cppass does not know its form, and it runs unsharded on every rank (docs/extending.md)",
     )
+
+
+def _is_batched_product(node: fx.Node) -> bool:
+    """As attention makes its scores and its output; so do batched experts. Outer products (rope's angles) are none."""
+    return is_matmul(node) and not contraction_is_one(node) and all(len(shape_of(x)) > 2 for x in factors(node))
 
 
 def _looks_like_attention(node: fx.Node) -> Refusal | None:

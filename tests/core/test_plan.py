@@ -5,7 +5,8 @@ Shape suffixes: B batch, H query heads, G key/value heads, S tokens, D head size
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import pytest
 import torch
@@ -85,6 +86,72 @@ def test_strict_refuses_such_a_gather() -> None:
 
 def test_strict_gathers_outputs() -> None:
     assert passed(causal, *qkv(), strict=True).status == "rewritten"
+
+
+# -- in front of the first attention nothing has to travel, but work may run whole on every rank ----------------------
+
+WEIGHT = rand(H * D, H * D)
+
+
+Mix: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
+
+def behind(mix: Mix) -> Function:
+    """x [B, S, H * D] through a matrix product and `mix`, then attention."""
+
+    def step(x: Tensor, weight: Tensor) -> Tensor:
+        y = mix(x @ weight, weight).unflatten(-1, (H, D)).transpose(1, 2)
+        return causal(y, y, y)
+
+    return step
+
+
+WHOLE: dict[str, tuple[Mix, str]] = {
+    "no rule": (lambda x, w: x.cummax(1)[0], "aten.cummax.default has no rule (node cummax)"),
+    "tokens mixed": (lambda x, w: x.cumsum(1), "aten.cumsum.default mixes tokens (node cumsum)"),
+    "two products": (lambda x, w: (x @ w).flip(1), "aten.flip.default mixes tokens (node flip)"),
+}
+
+
+@pytest.mark.parametrize(("mix", "what"), WHOLE.values(), ids=WHOLE.keys())
+def test_work_of_every_rank_is_reported(mix: Mix, what: str) -> None:
+    inputs = (rand(B, S, H * D), WEIGHT)
+    (note,) = passed(behind(mix), *inputs).notes
+    assert note.startswith(f"{what} and runs whole on every rank, and so do")
+    report = passed(behind(mix), *inputs, strict=True)
+    assert [r.code for r in report.refusals] == ["CP202"]
+    assert "strict=False" in report.refusals[0].hint
+
+
+@pytest.mark.parametrize(
+    "mix", [lambda x, w: x, lambda x, w: silu(x), lambda x, w: x @ w], ids=["nothing", "silu", "product"]
+)
+def test_shared_work_is_not(mix: Mix) -> None:
+    report = passed(behind(mix), rand(B, S, H * D), WEIGHT, strict=True)
+    assert (report.status, report.notes) == ("rewritten", ())
+
+
+def test_an_op_without_a_rule_on_an_input() -> None:
+    """No product is before it, yet it may be dear: nothing says what it does."""
+
+    def step(x: Tensor) -> Tensor:
+        y = x.cummax(1)[0].unflatten(-1, (H, D)).transpose(1, 2)
+        return causal(y, y, y)
+
+    (note,) = passed(step, rand(B, S, H * D)).notes
+    assert note == "aten.cummax.default has no rule (node cummax) and runs whole on every rank"
+    assert [r.code for r in passed(step, rand(B, S, H * D), strict=True).refusals] == ["CP202"]
+
+
+def test_positions_are_cheap() -> None:
+    """Integers say where rows are: an op without a rule on them is no work to share."""
+
+    def step(x: Tensor, steps: Tensor) -> Tensor:
+        y = (x * steps.cummax(0)[0][:, None]).unflatten(-1, (H, D)).transpose(1, 2)
+        return causal(y, y, y)
+
+    inputs = (rand(B, S, H * D), torch.arange(S))
+    assert passed(step, *inputs, strict=True).notes == ()
 
 
 RANDOM: dict[str, Function] = {

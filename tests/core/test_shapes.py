@@ -118,3 +118,12 @@ def test_numbers_are_told_apart() -> None:
     graph, x = graph_of(MODE.from_tensor(torch.zeros(2, dtype=torch.int64)))
     shapes = Shapes(graph)
     assert [shapes(aten.mul.Tensor, (x, n), {}).dtype for n in (1, 1.0)] == [torch.int64, torch.float32]
+
+
+@pytest.mark.parametrize(("op", "args"), [(aten.constant_pad_nd.default, ([2, 0],)), (aten.roll.default, ([1], [1]))])
+def test_local_rows_stay_symbolic(op: Callable[..., torch.Tensor], args: tuple[object, ...]) -> None:
+    """The C++ code of constant_pad_nd makes a number of every size that is more than a symbol."""
+    graph, x = graph_of(fake("rows", 12, 8, dynamic=True))
+    n = x.meta["val"].shape[0]
+    x.meta["val"] = MODE.from_tensor(torch.empty(1, 8)).expand((n + 1) // 4 + (n + 3) // 4, 8)
+    assert sizes_of(Shapes(graph)(op, (x, *args), {}).shape)[0] == size_of(x.meta["val"].shape[0])

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from core.attention_forms import B, D, Function, S, causal, found, qkv, rand
+from core.attention_forms import B, D, Function, S, causal, found, qkv, rand, traced
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, silu
 
+import cppass
 from cppass.match import Found
 
 aten = torch.ops.aten
@@ -133,3 +134,35 @@ def test_softmax_attention_is_not_overlooked(function: Function) -> None:
     """Alone in a graph, attention of an unknown form is a site or a refusal, never "no attention in this graph"."""
     seen = found(function, *qkv())
     assert seen.sites or seen.refusals
+
+
+# -- products without a softmax: the graph is left alone, and the report says which -----------------------------------
+
+WITHOUT_SOFTMAX: dict[str, Function] = {
+    "retention": lambda q, k, v: (q @ k.transpose(2, 3) * torch.ones(S, S).tril()) @ v,
+    "sigmoid": lambda q, k, v: torch.sigmoid(q @ k.transpose(2, 3)).tril() @ v,
+    "linear": lambda q, k, v: silu(q) @ (silu(k).transpose(2, 3) @ v),
+}
+OTHER_PRODUCTS: dict[str, Function] = {
+    "one matrix": lambda q, k, v: q.flatten(0, 2) @ torch.ones(D, D),
+    "angles": lambda q, k, v: torch.ones(1, D, 1) @ torch.arange(S).float()[None, None],
+    "none": lambda q, k, v: q + k * v,
+}
+
+
+def notes(function: Function) -> tuple[str, ...]:
+    report = cppass.run_pass(traced(function, *qkv()), qkv(), cp_size=2, lower=False)
+    assert report.reason == "no attention in this graph"
+    return report.notes
+
+
+@pytest.mark.parametrize("function", WITHOUT_SOFTMAX.values(), ids=WITHOUT_SOFTMAX.keys())
+def test_products_that_may_be_attention_are_named(function: Function) -> None:
+    (note,) = notes(function)
+    assert note.startswith("aten.bmm.default (node bmm")
+    assert "docs/extending.md" in note
+
+
+@pytest.mark.parametrize("function", OTHER_PRODUCTS.values(), ids=OTHER_PRODUCTS.keys())
+def test_other_products_are_not(function: Function) -> None:
+    assert notes(function) == ()

@@ -58,7 +58,7 @@ SMOOTH: dict[str, Step] = {
     "difference": lambda x, given, a: x - pad(x, (0, 0, 1, 0))[:, :-1],
     "less the first": lambda x, given, a: x - x[:, :1],
     "plus the last": lambda x, given, a: x + x[:, -1:],
-    "plus a selected token": lambda x, given, a: x + x[:, a % 2][:, None],
+    "plus a selected token": lambda x, given, a: x + x[:, a % min(2, x.shape[1])][:, None],
     "parts swapped": lambda x, given, a: torch.cat(tuple(reversed(x.split(x.shape[1] // 2 + 1, 1))), 1),
     "every other": lambda x, given, a: torch.cat([x[:, ::2], x[:, 1::2]], 1),
     "twice, then half": lambda x, given, a: torch.cat([x, x.sin()], 1)[:, x.shape[1] :],

@@ -41,7 +41,7 @@ LAYERS = [  # a module imports from its own row and the rows above it
         "step_checks",
     },
     {"shard", "step", "order", "runner"},
-    {"plan", "sharded_plan", "gate"},
+    {"plan", "sharded_plan", "gate", "replicated"},
     {"rewrite", "sharded_rewrite", "report"},
     {"value_numbers", "site_values", "values"},
     {"verify", "sharded_verify"},
