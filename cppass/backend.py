@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import fx
 
 from cppass import torch_private
 from cppass.config import CPConfig
+from cppass.contents import contents_of
 from cppass.errors import CPError, CPWarning, InternalError, OptionError, PeerError, Unsupported, refused_error
 from cppass.fingerprint import fingerprint
 from cppass.guard import agreed, agreed_once, varying_inputs
@@ -90,9 +91,8 @@ def compile_graph(
     report = rewrite_graph(gm, config, ranks.cp_size, ranks.group_name, input_names)
     number = torch_private.compile_number()
     report = dataclasses.replace(report, graph=number[0] if number else "")
-    if report.status == REWRITTEN and config.agreement == "graph":
-        note = "agreement='graph': ranks compare the first step of this graph alone"
-        report = dataclasses.replace(report, notes=(*report.notes, note))
+    if report.status == REWRITTEN:
+        report = dataclasses.replace(report, notes=(*report.notes, *_relaxed(config)))
     record(report)
     if report.status == REFUSED:
         _refused(report, config)
@@ -103,17 +103,25 @@ def compile_graph(
     target = load(name)
     party = party_of(ranks, config.agreement_timeout) if report.takes_part else None
     mark = fingerprint(gm.graph, report.what, config) if party else None
-    varying = varying_inputs(gm, input_names)
+    varying, contents = varying_inputs(gm, input_names), contents_of(gm, input_names)
     if report.status == REWRITTEN:
         target.lower(gm, ranks, config)
         log_graph("lowered", gm.graph)
     run = target.compile(gm, example_inputs, inner)
     if party and mark:
         shared = report.status == REWRITTEN
-        run = agreed(run, party, mark, varying, config) if shared else agreed_once(run, party, mark)
+        run = agreed(run, party, mark, varying, contents, config) if shared else agreed_once(run, party, mark)
     if report.status == REWRITTEN and config.inputs == "sharded":
         return check_steps(run, (ranks.cp_size, ranks.rank, config.remainder or "balanced"), party)
     return run
+
+
+def _relaxed(config: CPConfig) -> Iterator[str]:
+    """What ranks do not compare because an option says so."""
+    if config.agreement == "graph":
+        yield "agreement='graph': ranks compare the first step of this graph alone"
+    if config.check_inputs is False:
+        yield "check_inputs=False: ranks compare neither token ids nor weights"
 
 
 def _check_devices(gm: fx.GraphModule, target: str) -> None:

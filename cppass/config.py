@@ -58,7 +58,8 @@ class CPConfig:
             collectives, or before the first one of a "graph" alone (docs/agreement.md says what that gives up).
         agreement_timeout: seconds a rank waits there for the others. None: as long as a collective of the group would,
             300 at most.
-        check_inputs: compare a hash of the token ids there, too.
+        check_inputs: compare values there, too: "first", token ids and a sample of the weights before the first step of
+            each graph; True, token ids before every step; False, neither. With inputs="sharded" weights alone.
         mode: torch.compile's mode; accepted and recorded, it changes nothing.
     """
 
@@ -78,14 +79,16 @@ class CPConfig:
     attention_calls: int = 2
     agreement: str = "step"
     agreement_timeout: float | None = None
-    check_inputs: bool = False
+    check_inputs: bool | str = "first"
     mode: str | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
             if not _is_one_of(getattr(self, name), allowed):
                 raise _bad(name, getattr(self, name), "one of " + ", ".join(repr(a) for a in allowed))
-        for name in ("strict", "check_inputs", "overlap"):
+        if not (isinstance(self.check_inputs, bool) or _is_one_of(self.check_inputs, ("first",))):
+            raise _bad("check_inputs", self.check_inputs, "'first', True or False")
+        for name in ("strict", "overlap"):
             if not isinstance(getattr(self, name), bool):
                 raise _bad(name, getattr(self, name), "True or False")
         _check_int("cp_size", self.cp_size, 1, optional=True)
@@ -97,7 +100,7 @@ class CPConfig:
         elif not (isinstance(self.hardware, Hardware) or _is_one_of(self.hardware, (None, *HARDWARE))):
             raise _bad("hardware", self.hardware, f"a cppass.cost.Hardware, or one of {', '.join(HARDWARE)}")
         _check_seconds("agreement_timeout", self.agreement_timeout)
-        if self.check_inputs and self.agreement != "step":
+        if self.check_inputs is True and self.agreement != "step":
             raise _bad("agreement", self.agreement, "'step' with check_inputs=True: ids are compared before every step")
         if self.rank is not None and self.cp_size is not None and self.rank >= self.cp_size:
             raise _bad("rank", self.rank, f"an int below cp_size={self.cp_size}")
@@ -120,10 +123,13 @@ class CPConfig:
             return
         if not named:
             raise _bad("sharded_inputs", {}, 'with inputs=\'sharded\' such as {"input_ids": 0, "position_ids": 0}')
-        for name, default in (("on_refusal", "raise"), ("min_tokens", 0), ("check_inputs", False)):
+        for name, default in (("on_refusal", "raise"), ("min_tokens", 0)):
             if getattr(self, name) != default:
-                why = "a graph that is left alone would attend over local rows only, and ranks are handed different ids"
+                why = "a graph that is left alone would attend over local rows only"
                 raise _bad(name, getattr(self, name), f"{default!r} with inputs='sharded': {why}")
+        if self.check_inputs is True:
+            why = "ranks are handed different ids"
+            raise _bad("check_inputs", True, f"'first' or False with inputs='sharded': {why}")
         if self.target == "host":
             raise Unsupported(
                 "CP002",

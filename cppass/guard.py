@@ -1,6 +1,6 @@
 """Around a compiled graph: the ranks agree before it runs, and an error in it reaches all of them.
 
-before   every rank: here I am, at my step 7, with this graph, these sizes [, this hash of the token ids]
+before   every rank: here I am, at my step 7, with this graph, these sizes [, this hash of token ids and weights]
 run      collectives
 error    every rank: I failed at step 7, because ...
 """
@@ -15,24 +15,30 @@ from torch import fx
 
 from cppass.checked import checked_first
 from cppass.config import CPConfig
+from cppass.contents import Contents, differing, digest
 from cppass.errors import PeerError
 from cppass.fingerprint import Fingerprint, first_difference
 from cppass.party import Party, Said
 
-MIXER = 0x1E3779B97F4A7C15  # odd; spreads positions over 64 bits, which wrap
-
 
 def agreed(
-    run: Callable[..., Any], party: Party, mark: Fingerprint, varying: Mapping[int, str], config: CPConfig
+    run: Callable[..., Any],
+    party: Party,
+    mark: Fingerprint,
+    varying: Mapping[int, str],
+    contents: Contents,
+    config: CPConfig,
 ) -> Callable[..., Any]:
     """`run`, a graph with collectives, with an agreement before each call (with agreement="graph": the first one).
 
     Args:
         varying: inputs whose sizes are compared, as `varying_inputs` finds them.
+        contents: inputs whose values are, as `contents_of` finds them.
 
     Raises:
         PeerError: on every rank. CP601 token ids differ, CP603 graphs, versions or options differ, CP604 sizes differ,
-            CP605 a rank failed, CP606 a rank is missing, CP607 the group is gone, CP608 a collective failed.
+            CP605 a rank failed, CP606 a rank is missing, CP607 the group is gone, CP608 a collective failed, CP609
+            weights differ.
     """
     met = False
 
@@ -40,8 +46,17 @@ def agreed(
         nonlocal met
         party.check_group()
         if not met or config.agreement == "step":
-            compare(party, mark, _sizes(inputs, varying), _hash(inputs) if config.check_inputs else "")
+            compare(party, mark, _sizes(inputs, varying), hashes(inputs))
         met = True
+
+    def hashes(inputs: Sequence[Any]) -> dict[str, dict[str, str]]:
+        first = not met and config.check_inputs is not False
+        ids = (first or config.check_inputs is True) and config.inputs == "replicated"
+        try:
+            return contents.hashes(inputs, ids, weights=first)
+        except Exception as error:
+            party.fail(error)  # the others wait for this rank's words
+            raise
 
     def told(*args: Any) -> Any:
         try:
@@ -70,9 +85,11 @@ def agreed_once(run: Callable[..., Any], party: Party, mark: Fingerprint) -> Cal
     return checked_first(run, check)
 
 
-def compare(party: Party, mark: Fingerprint, sizes: Mapping[str, Any] | None = None, ids: str = "") -> None:
+def compare(
+    party: Party, mark: Fingerprint, sizes: Mapping[str, Any] | None = None, hashes: Mapping[str, Any] | None = None
+) -> None:
     """One step of agreement. Raises PeerError (see `agreed`), the same on every rank."""
-    said = party.exchange({"graph": mark.digest, "sizes": sizes or {}, "ids": ids})
+    said = party.exchange({"graph": mark.digest, "sizes": sizes or {}, "values": digest(hashes) if hashes else ""})
     odd = _odd(said, "graph")
     if odd:
         details = party.details(mark.to_dict())
@@ -89,13 +106,25 @@ def compare(party: Party, mark: Fingerprint, sizes: Mapping[str, Any] | None = N
             f"ranks are handed inputs of different sizes: {_difference(said, odd[0])}",
             "hand every rank the same inputs: broadcast them from rank 0",
         )
-    odd = _odd(said, "ids")
-    if odd:
-        raise PeerError(
-            "CP601",
-            f"ranks {odd} were handed other token ids or positions than rank 0",
-            "hand every rank the same inputs: broadcast them from rank 0, and seed samplers alike",
+    odd = _odd(said, "values")
+    if odd and hashes:
+        details = party.details(hashes)
+        raise _other_values(odd, *differing(details[0], details[odd[0]]))
+
+
+def _other_values(ranks: list[int], kind: str, names: list[str]) -> PeerError:
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    if kind == "weights":
+        return PeerError(
+            "CP609",
+            f"ranks {ranks} have other weights than rank 0: {shown}",
+            "load the same checkpoint on every rank; before random weights call torch.manual_seed with the same number",
         )
+    return PeerError(
+        "CP601",
+        f"ranks {ranks} were handed other token ids or positions than rank 0: {shown}",
+        "hand every rank the same inputs: broadcast them from rank 0, and seed samplers alike",
+    )
 
 
 def _odd(said: Sequence[Said], field: str) -> list[int]:
@@ -127,14 +156,3 @@ def varying_inputs(gm: fx.GraphModule, names: Mapping[str, str] | None = None) -
 def _sizes(inputs: Sequence[Any], varying: Mapping[int, str]) -> dict[str, Any]:
     sizes = {name: inputs[position] for position, name in varying.items()}
     return {name: list(x.shape) if isinstance(x, torch.Tensor) else x for name, x in sizes.items()}
-
-
-def _hash(inputs: Sequence[Any]) -> str:
-    """Of every integer tensor among the inputs: token ids, positions, masks. Reads one number a tensor."""
-    found = []
-    for x in inputs:
-        if isinstance(x, torch.Tensor) and not x.is_floating_point() and not x.is_complex():
-            weights = torch.arange(1, x.numel() + 1, dtype=torch.int64, device=x.device) * MIXER
-            weights ^= weights >> 31
-            found.append(f"{list(x.shape)} {int(((x.reshape(-1).to(torch.int64) + 1) * weights).sum())}")
-    return "; ".join(found)

@@ -50,7 +50,7 @@ def npu_pass(config: CPConfig | None = None, **options: Any) -> Hook:
     config = CPConfig.merged(config, options)
     wrongs = {
         "target='host'": config.target == "host",
-        "check_inputs=True": config.check_inputs,
+        "check_inputs=True": config.check_inputs is True,
         "inputs='sharded'": config.inputs == "sharded",  # a hook does not see what the model calls its inputs
     }
     wrong = next((text for text, given in wrongs.items() if given), "")

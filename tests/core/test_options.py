@@ -29,7 +29,7 @@ DEFAULTS = {
     "attention_calls": 2,
     "agreement": "step",
     "agreement_timeout": None,
-    "check_inputs": False,
+    "check_inputs": "first",
     "mode": None,
 }
 
@@ -83,7 +83,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("strict", 1, "True or False"),
     ("strict", None, "True or False"),
     ("strict", "yes", "True or False"),
-    ("check_inputs", 0, "True or False"),
+    ("check_inputs", 0, "'first', True or False"),
     ("agreement", "never", "one of 'step', 'graph'"),
     ("agreement_timeout", 0, "a number of seconds above 0"),
     ("agreement_timeout", True, "a number of seconds above 0"),

@@ -15,7 +15,14 @@ import cppass
 import cppass.fingerprint
 
 CASES: dict[str, Callable[[int], Any]] = {}
-THEN = {"option_overlap", "lengths_dynamic", "token_ids", "gradients_on_one_rank", "a_group_that_was_destroyed"}
+THEN = {
+    "option_overlap",
+    "lengths_dynamic",
+    "token_ids",
+    "random_weights",
+    "gradients_on_one_rank",
+    "a_group_that_was_destroyed",
+}
 """After these a step that all ranks do alike is tried."""
 
 
@@ -83,6 +90,36 @@ def the_order_of_token_ids(rank: int) -> None:
     ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]])
     with torch.no_grad():
         served.compiled(ids.flip(1) if rank else ids, torch.tensor(0), *served.caches)
+
+
+@case
+def token_ids_of_the_first_step(rank: int) -> None:
+    Served().step(8, shift=rank)
+
+
+@case
+def values_by_option_unchecked(rank: int) -> float:
+    """Relaxed: other ids are not noticed, and the report says that nobody looks."""
+    Served(check_inputs=False).step(8, shift=rank)
+    assert "check_inputs=False: ranks compare neither token ids nor weights" in cppass.reports()[-1].notes
+    return 0.0
+
+
+@case
+def random_weights(rank: int) -> None:
+    served = Served()
+    torch.manual_seed(rank)
+    for weight in served.model.parameters():
+        torch.nn.init.normal_(weight)
+    served.step(8)
+
+
+@case
+def one_weight(rank: int) -> None:
+    served = Served(agreement="graph")
+    with torch.no_grad():
+        served.model.layers[1].up.mul_(1 + rank)  # type: ignore[union-attr,operator]
+    served.step(8)
 
 
 @case

@@ -16,7 +16,10 @@ SAME = {  # the same words on both ranks
     "lengths_static": "[CP603] ranks do not run the same graph: the graph: rewritten, 8 tokens on rank 0, ",
     "lengths_dynamic": "[CP604] ranks are handed inputs of different sizes: ",
     "one_length_below_2p": "[CP603] ranks do not run the same graph: the graph: left alone, 3 tokens",
-    "token_ids": "[CP601] ranks [1] were handed other token ids",
+    "token_ids": "[CP601] ranks [1] were handed other token ids or positions than rank 0: ids",
+    "token_ids_of_the_first_step": "[CP601] ranks [1] were handed other token ids or positions than rank 0: ids",
+    "random_weights": "[CP609] ranks [1] have other weights than rank 0: words, layers.0.norms, layers.0.qkv and 8",
+    "one_weight": "[CP609] ranks [1] have other weights than rank 0: layers.1.up\n",
     "the_order_of_token_ids": "[CP601] ranks [1] were handed other token ids",
     "the_model": "[CP603] ranks do not run the same graph: the first node that differs: ",
     "a_cache_of_another_length": "-> torch.float32[1, 2, 24, 8] on rank 0, ",
@@ -28,7 +31,7 @@ OTHER = {  # a rank that fails, and what the other one says of it
     "an_unknown_option": ("[CP001] unknown option 'min_token'", "[CP605] rank 0 failed: [CP001] unknown option"),
     "gradients_on_one_rank": ("[CP605] rank 1 failed: [CP007] gradients", "[CP007] gradients are needed"),
 }
-FINE = {"a_slow_rank", "agreement_by_graph"}
+FINE = {"a_slow_rank", "agreement_by_graph", "values_by_option_unchecked"}
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ LAYERS = [  # a module imports from its own row and the rows above it
     },
     {"ops", "rules", "target"},
     {"shapes", "axes", "registry", "logs"},
-    {"party", "fingerprint"},
+    {"party", "fingerprint", "contents"},
     {"guard", "step_tag"},
     {"emitter", "schedule"},
     {"site", "npu_rules"},
