@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from cppass.demo import memory
 from cppass.demo.job import BACKEND, Job, Phase
 from cppass.demo.results import Comparison, ProcessResult, Rewriting
 from cppass.demo.subject import Forward, Session, build, prompt
-from cppass.errors import CPError
+from cppass.errors import CPError, OptionError
 
 if TYPE_CHECKING:
     from cppass.report import Report
@@ -64,7 +65,7 @@ def run_process(job: Job, phase: Phase, folder: Path, say: Say, barrier: Barrier
     digest = hashlib.sha256()
     absorb(digest, kept[1:])
     if phase.reference == "write":
-        torch.save(kept, folder / REFERENCE)
+        save(kept, folder / REFERENCE)
     errors = compare(kept, folder / REFERENCE) if phase.reference == "compare" else None
     del kept
     tokens = decode(forward, token, session, job.decode)
@@ -130,6 +131,24 @@ def received_bytes(reports: Sequence[Report], tokens: int) -> int | None:
         for gather in report.gathers:
             received += sympy.sympify(gather.formula).subs(sympy.Symbol(str(report.tokens)), tokens)
     return int(received) if received.is_Integer else None
+
+
+def save(kept: list[torch.Tensor], path: Path) -> None:
+    """For `compare` in other processes.
+
+    Raises:
+        OptionError: CP050, there is no space; torch itself says "unexpected pos".
+    """
+    try:
+        torch.save(kept, path)
+    except (RuntimeError, OSError) as error:
+        needed, free = sum(x.nbytes for x in kept), shutil.disk_usage(path.parent).free
+        raise OptionError(
+            "CP050",
+            f"the results of one device ({needed / 1e6:.1f} MB) cannot be written to {path.parent}, where "
+            f"{free / 1e6:.1f} MB are free",
+            "free some space, or set TMPDIR to another directory",
+        ) from error
 
 
 def compare(found: list[torch.Tensor], reference: Path) -> Comparison:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import resource
 import signal
 import socket
 from collections.abc import Callable
@@ -52,6 +53,18 @@ def test_a_killed_rank_is_named_and_takes_the_others_along(tmp_path: Path) -> No
         run_phase(TINY, phases(TINY)[1], tmp_path, _to_rank_1(signal.SIGKILL))
     assert caught.value.code == "CP651"
     assert not ranks_left()
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    """As a limit to the size of files; torch only says "unexpected pos" there."""
+    path, (least, most) = tmp_path / prefill.REFERENCE, resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, most))
+    try:
+        with pytest.raises(OptionError, match=r"one device \(4.0 MB\) cannot be written to .* MB are free") as caught:
+            prefill.save([torch.zeros(1_000_000)], path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (least, most))
+    assert "TMPDIR" in caught.value.hint
 
 
 def test_a_port_that_is_in_use() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dynamo.source import LocalSource
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import cppass
@@ -88,7 +89,9 @@ def _fits(gm: fx.GraphModule, inputs: Sequence[Tensor]) -> bool:
     """Whether a graph of symbolic sizes was made for these, too: no guard speaks against it."""
     values = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
     env = next(v.fake_mode.shape_env for v in values if isinstance(v, torch._subclasses.FakeTensor))
-    return bool(env.evaluate_guards_for_args(values, list(inputs), ignore_static=False))
+    names = [LocalSource(f"t{i}") for i in range(len(values))]  # as evaluate_guards_expression calls them
+    guards = env.produce_guards(values, names, ignore_static=False)
+    return all(env.evaluate_guards_expression(guard, list(inputs)) for guard in guards)  # torch joins "a or b" by "and"
 
 
 def compare(case: Case, graphs: Sequence[fx.GraphModule], what: str) -> None:
