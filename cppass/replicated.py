@@ -40,10 +40,9 @@ class Replicated:
 
     def __str__(self) -> str:
         why = "has no rule" if self.unknown else "mixes tokens"
-        before = {0: "", 1: ", and so does the matrix product before it"}.get(
-            self.products, f", and so do {self.products} matrix products before it"
-        )
-        return f"{op_of(self.node)} {why} (node {self.node.name}) and runs whole on every rank{before}"
+        products = f"{self.products} matrix product{'' if self.products == 1 else 's'}"
+        before = f", with {products} before it" if self.products else ""
+        return f"{op_of(self.node)} {why} (node {self.node.name}): it runs whole on every rank{before}"
 
 
 def replicated(reach: Propagation) -> tuple[Replicated, ...]:

@@ -23,11 +23,14 @@ from cppass.errors import Unsupported
 from cppass.layout import Zigzag
 from cppass.match.kv import VIEWS
 from cppass.plan import SIZES, CPPlan, Full, Local
-from cppass.rules import Transfer, is_tensor, iter_nodes, shape_of, tensor_operands
+from cppass.rules import Transfer, is_tensor, iter_nodes, name_of, shape_of, tensor_operands
 from cppass.site import AttentionSite, FusedAttention, Lengths, Rewrite, readers
 from cppass.tokens import Size, State, Tokens, size_of, sizes_of
 
 aten = torch.ops.aten
+DENSE = {"memory_format": torch.contiguous_format}
+OWN_LIBRARIES = ("", "aten", "prims", "_c10d_functional", "npu", "atb")
+"""Of torch and torch_npu: their ops take any strides, or ask for what they need."""
 FUSED_OPTIONS = (
     *("input_layout", "num_heads", "num_key_value_heads", "scale", "sparse_mode", "pre_tokens", "next_tokens"),
     *("block_size", "inner_precise", "lse"),
@@ -100,7 +103,8 @@ class _Rewriter(Builder):
         outer, self.origin = self.origin, node
         how = self.plan.full.get(node)
         if how is Full.GATHER:
-            result = self._gather(((node, self.plan.gather_states[node]),))[0]
+            (result,) = self._gather(((node, self.plan.gather_states[node]),))
+            result = self._as_dense(node, result)
         elif how is Full.ROWS:
             result = self._rows(node)
         elif how is Full.LOOKUP:
@@ -126,14 +130,24 @@ class _Rewriter(Builder):
             return copied
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             return self._with_bodies(node, operands)
-        args, kwargs = fx.map_arg((node.args, node.kwargs), self.full)
+        laid_out = {a: self._as_dense(a, b) if _is_foreign(node) else b for a, b in operands}
+        args, kwargs = fx.map_arg((node.args, node.kwargs), laid_out.__getitem__)
         return self.emit(aten.reshape.default if node.target in VIEWS else node.target, args, dict(kwargs))
 
     def _with_bodies(self, node: fx.Node, operands: list[tuple[fx.Node, fx.Node]]) -> fx.Node:
         """A branch or loop, on dense operands where they lay otherwise in memory: any view inside takes dense ones."""
-        dense = {"memory_format": torch.contiguous_format}
-        laid_out = {a: b if _same_layout(a, b) else self.emit(aten.clone.default, (b,), dense) for a, b in operands}
+        laid_out = {a: b if _same_layout(a, b) else self.emit(aten.clone.default, (b,), DENSE) for a, b in operands}
         return self.new.node_copy(node, laid_out.__getitem__)
+
+    def _as_dense(self, old: fx.Node, new: fx.Node) -> fx.Node:
+        """The new value without gaps where the old one had none: outputs that are viewed, ops that ask for it.
+
+        before:  logits [B, S, V] dense in memory        gathered:  [B, S, V] as [S, B, V]        after:  dense
+        """
+        was, now = old.meta.get("val"), new.meta.get("val")
+        if not isinstance(was, torch.Tensor) or not isinstance(now, torch.Tensor) or not _dense(was) or _dense(now):
+            return new
+        return self.emit(aten.clone.default, (new,), DENSE)
 
     def _slot_write(self, node: fx.Node) -> fx.Node:
         """A write of rows in gathered order: to slots in gathered order, which all layers share."""
@@ -223,7 +237,8 @@ class _Rewriter(Builder):
             if not is_tensor(x):
                 return self.full(x)
             state = next(states)
-            return self.full(x) if state is None else self.local(x, state)
+            value = self.full(x) if state is None else self.local(x, state)
+            return self._as_dense(x, value) if _is_foreign(node) else value
 
         args, kwargs = fx.map_arg((node.args, node.kwargs), operand)
         if way.size_arg is not None and isinstance(way.out, Tokens):
@@ -372,3 +387,19 @@ def _same_layout(old: fx.Node, new: fx.Node | int) -> bool:
 
 def _strides(x: torch.Tensor) -> tuple[Size, ...]:
     return tuple(size_of(s) for s in x.stride())
+
+
+def _dense(x: torch.Tensor) -> bool:
+    """is_contiguous, which would install guards on symbolic sizes."""
+    step: Size = 1
+    for size, stride in zip(reversed(sizes_of(x.shape)), reversed(_strides(x)), strict=True):
+        if size != 1:
+            if sympy.expand(stride - step) != 0:
+                return False
+            step = size * step
+    return True
+
+
+def _is_foreign(node: fx.Node) -> bool:
+    """An op of another library: its kernel may read memory as if there were no gaps."""
+    return name_of(node).partition("::")[0] not in OWN_LIBRARIES

@@ -121,6 +121,8 @@ def follow_view(old: tuple[Size, ...], state: Tokens, new: tuple[Size, ...], row
     Args:
         rows: what one pass over the tokens counts (the token count, or the local rows in a rewritten graph).
     """
+    if old[: state.dim + 1] == new[: state.dim + 1]:
+        return state  # only what is behind the axis is grouped anew, and be its sizes not comparable
     step = state.inner * product(old[state.dim + 1 :])  # elements from one token to the next
     below: Size = 1
     for dim in reversed(range(len(new))):

@@ -32,6 +32,7 @@ class Values:
     def __init__(self, table: dict[Hashable, int]) -> None:
         self.table = table
         self.of: dict[fx.Node, int] = {}
+        self.cuts: dict[int, tuple[int, int, Any]] = {}  # of rows from x: (number of x, dim, first row)
 
     def run(self, graph: fx.Graph) -> Values:
         for node in graph.nodes:
@@ -45,7 +46,10 @@ class Values:
         return self.numbered(self.key(node))
 
     def numbered(self, key: Hashable) -> int:
-        return self.table.setdefault(key, len(self.table))
+        number = self.table.setdefault(key, len(self.table))
+        if isinstance(key, tuple) and key[0] == "rows":
+            self.cuts[number] = key[1:4]
+        return number
 
     def key(self, node: fx.Node) -> Hashable:
         if node.op != "call_function":
@@ -111,8 +115,12 @@ def _slice(node: fx.Node, numbers: Sequence[int], values: Values) -> Hashable:
 
 
 def _select(node: fx.Node, numbers: Sequence[int], values: Values) -> Hashable:
-    dim = argument(node, 1, "dim") % (len(shape_of(node)) + 1)
-    return "row", numbers[0], dim, values.frozen(argument(node, 2, "index"))
+    """Row 0 of rows 7 to 9 of x is row 7 of x."""
+    dim, index = argument(node, 1, "dim") % (len(shape_of(node)) + 1), values.frozen(argument(node, 2, "index"))
+    source, cut, first = values.cuts.get(numbers[0], (numbers[0], dim, 0))
+    if cut == dim and isinstance(index, int) and index >= 0:
+        return "row", source, dim, first + index
+    return "row", numbers[0], dim, index
 
 
 def _index_select(node: fx.Node, numbers: Sequence[int], values: Values) -> Hashable:

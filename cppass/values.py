@@ -70,10 +70,6 @@ class RewrittenValues(Values):
         source = node.args[0] if node.args else None
         if node.target is operator.getitem and source in self.elements:
             return self.elements[source][node.args[1]]  # type: ignore[index]
-        if node.target is aten.select.int and getattr(source, "target", None) is canonical.gather_rows.default:
-            rows = named_arguments(source)  # type: ignore[arg-type]
-            if rows["count"] == 1 and node.args[1:] == (rows["dim"], 0):
-                return self.numbered(("row", self.of[rows["x"]], rows["dim"], self.frozen(rows["start"])))
         return super().number(node)
 
     def _canonical(self, node: fx.Node, name: str, given: dict[str, Any]) -> int:

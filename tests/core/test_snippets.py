@@ -50,7 +50,8 @@ getitem_1[1, 4, 8, 8] = getitem(gather, 1)
 attention[1, 4, 4, 8] = cppass.attention(shard, getitem, getitem_1, None, None, 0, [8], 2, True, True, 0, None)
 gather_1 = cppass.gather([attention], [2], [1], [8], 2, True, True)
 getitem_2[1, 4, 8, 8] = getitem(gather_1, 0)
-return getitem_2
+clone[1, 4, 8, 8] = aten.clone(getitem_2, memory_format=torch.contiguous_format)
+return clone
 """,
     )
 
@@ -97,7 +98,8 @@ shard_2[1, 4, 4, 8] = cppass.shard(q_1, 2, 1, [8], 2, True)
 attention[1, 4, 4, 8] = cppass.attention(shard_2, index_copy, index_copy_1, None, n_1, 0, [8], 2, True, True, 0, None)
 gather_1 = cppass.gather([attention], [2], [1], [8], 2, True, True)
 getitem_2[1, 4, 8, 8] = getitem(gather_1, 0)
-return [getitem_2, index_copy, index_copy_1]
+clone[1, 4, 8, 8] = aten.clone(getitem_2, memory_format=torch.contiguous_format)
+return [clone, index_copy, index_copy_1]
 """,
     )
 
@@ -126,7 +128,8 @@ copy_[1, 4, 13, 8] = aten.copy_(kc_1, index_copy)
 copy__1[1, 4, 13, 8] = aten.copy_(vc_1, index_copy_1)
 gather_1 = cppass.gather([attention], [2], [1], [8], 2, True, True)
 getitem_2[1, 4, 8, 8] = getitem(gather_1, 0)
-return getitem_2
+clone[1, 4, 8, 8] = aten.clone(getitem_2, memory_format=torch.contiguous_format)
+return clone
 """,
     )
 
@@ -154,7 +157,8 @@ getitem_1[1, 4, 8, 8] = getitem(gather, 1)
 attention[1, 4, 4, 8] = cppass.attention(shard_1, getitem, getitem_1, where, None, 0, [8], 2, True, False, 0, None)
 gather_1 = cppass.gather([attention], [2], [1], [8], 2, True, True)
 getitem_2[1, 4, 8, 8] = getitem(gather_1, 0)
-return getitem_2
+clone[1, 4, 8, 8] = aten.clone(getitem_2, memory_format=torch.contiguous_format)
+return clone
 """,
     )
 
@@ -190,9 +194,11 @@ bmm_1[4, 4, 8] = aten.bmm(reshape_2, view_1)
 reshape_3[1, 4, 4, 8] = aten.reshape(bmm_1, [1, 4, 4, 8])
 gather = cppass.gather([reshape_3], [2], [1], [8], 2, True, True)
 getitem[1, 4, 8, 8] = getitem(gather, 0)
+clone[1, 4, 8, 8] = aten.clone(getitem, memory_format=torch.contiguous_format)
 gather_1 = cppass.gather([_softmax], [2], [1], [8], 2, True, True)
 getitem_1[1, 4, 8, 8] = getitem(gather_1, 0)
-return [getitem, getitem_1]
+clone_1[1, 4, 8, 8] = aten.clone(getitem_1, memory_format=torch.contiguous_format)
+return [clone, clone_1]
 """,
     )
 
@@ -343,7 +349,8 @@ getitem_1[1, 4, 8, 8] = getitem(gather, 1)
 attention[1, 4, 4, 8] = cppass.attention(shard, getitem, getitem_1, None, None, 0, [8], 2, True, True, 0, None)
 gather_1 = cppass.gather([attention], [2], [1], [8], 2, True, True)
 getitem_2[1, 4, 8, 8] = getitem(gather_1, 0)
-return getitem_2
+clone[1, 4, 8, 8] = aten.clone(getitem_2, memory_format=torch.contiguous_format)
+return clone
 """,
     )
     assert [n.target for n in gm.graph.nodes if n.op == "placeholder"] == ["q", "k", "v"]
@@ -364,7 +371,8 @@ attention[1, 4, 4, 8] = cppass.attention(shard, getitem, getitem_1, None, None, 
 attention_1[1, 4, 4, 8] = cppass.attention(attention, getitem, getitem_1, None, None, 0, [8], 2, True, True, 0, None)
 gather_1 = cppass.gather([attention_1], [2], [1], [8], 2, True, True)
 getitem_2[1, 4, 8, 8] = getitem(gather_1, 0)
-return getitem_2
+clone[1, 4, 8, 8] = aten.clone(getitem_2, memory_format=torch.contiguous_format)
+return clone
 """,
     )
 

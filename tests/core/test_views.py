@@ -57,6 +57,7 @@ CASES = {
     "tokens first, batch == tokens": ((S, S, 4), Tokens(0), (S * S, 4), Tokens(0, inner=S)),
     "part of outer leaves": ((4 * S, 5), Tokens(0, outer=4), (2, 2 * S, 5), Tokens(1, outer=2)),
     "part of inner leaves": ((S * 4, 5), Tokens(0, inner=4), (S * 2, 2, 5), Tokens(0, inner=2)),
+    "regrouped behind the tokens": ((2, S, 6), Tokens(1), (2, S, 3, 2), Tokens(1)),
     "cut the token axis": ((S, 4), Tokens(0), (2, S // 2, 4), None),
     "cut it and merge the rest": ((S, 4), Tokens(0), (2, S * 2), None),
     "transpose by a view": ((S, 4), Tokens(0), (4, S), None),

@@ -115,6 +115,8 @@ def agree(case: Case, ranks: Sequence[list[Tensor]], what: str) -> None:
         for i, (x, one, true) in enumerate(zip(values, expected, exact, strict=True)):
             name = f"{what}, rank {rank}, " + (f"output {i}" if i < len(plain[0]) else f"input {i - len(plain[0])}")
             _compare_one(name, x, one, true)
+            if one.is_contiguous() and not x.is_contiguous():
+                raise Wrong(f"{name}: strides {x.stride()}, on one device {one.stride()}")
             if not torch.equal(x.nan_to_num(), ranks[0][i].nan_to_num()):
                 raise Wrong(f"{name}: other bits than rank 0")
 

@@ -33,7 +33,7 @@ def _decayed(x: Tensor, given: Inputs, a: int) -> Tensor:
 def _picked_by_experts(x: Tensor, given: Inputs, a: int) -> Tensor:
     """Expert choice: an expert takes its two best tokens, and adds what it makes of them."""
     scores = x @ given.weight(x.shape[-1], 2)
-    top, at = scores[0].softmax(0).topk(2, 0)
+    top, at = scores[0].softmax(0).topk(min(2, x.shape[1]), 0)
     made = x[0, at[:, a % 2]].tanh() * top[:, a % 2, None]
     return x + torch.zeros_like(x[0]).index_add(0, at[:, a % 2], made)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 import cppass
 
 pytestmark = pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")  # torch_npu, copying constants
-SAMPLE, CP = 5, 2
+SAMPLE, CP = 6, 2
 Ran = tuple[str, list[Tensor]]  # outcome; outputs and inputs after the run
 
 

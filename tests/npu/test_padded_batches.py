@@ -125,7 +125,9 @@ K and V of a site: 8192 bytes
 aten.cat.default mixes tokens (node cat): 8192 bytes
 aten.cat.default mixes tokens (node cat_1): 8192 bytes
 note: gathered view_15: aten.cat.default mixes tokens (node cat)
-note: gathered view_31: aten.cat.default mixes tokens (node cat_1)""",
+note: gathered view_31: aten.cat.default mixes tokens (node cat_1)
+note: aten.slice.Tensor mixes tokens (node slice_3): it runs whole on every rank, with 4 matrix products before it
+note: aten.slice.Tensor mixes tokens (node slice_2): it runs whole on every rank, with 1 matrix product before it""",
     )
 
 
@@ -140,7 +142,9 @@ K and V of a site: 13824 bytes
 aten.cat.default mixes tokens (node cat): 13824 bytes
 aten.cat.default mixes tokens (node cat_1): 13824 bytes
 note: gathered view_11: aten.cat.default mixes tokens (node cat)
-note: gathered view_23: aten.cat.default mixes tokens (node cat_1)""",
+note: gathered view_23: aten.cat.default mixes tokens (node cat_1)
+note: aten.slice.Tensor mixes tokens (node slice_3): it runs whole on every rank, with 5 matrix products before it
+note: aten.slice.Tensor mixes tokens (node slice_2): it runs whole on every rank, with 1 matrix product before it""",
     )
 
 
