@@ -9,14 +9,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from cppass.explain_node import path_of
-from cppass.rules import is_tensor, writes
+from cppass.rules import is_tensor, iter_nodes, writes
 
 MIXER = 0x1E3779B97F4A7C15  # odd; spreads positions over 64 bits, which wrap
 SAMPLE = 4096
@@ -51,7 +51,7 @@ def contents_of(gm: fx.GraphModule, names: Mapping[str, str] | None = None) -> C
     Args:
         names: what the model calls the inputs, by placeholder; without them no input is known to be a weight.
     """
-    written = {node.args[0] for node in gm.graph.nodes if node.op == "call_function" and writes(node) and node.args}
+    written = {x for node in gm.graph.nodes if node.op == "call_function" and writes(node) for x in _first(node)}
     ids, weights = {}, {}
     for position, node in enumerate(gm.graph.find_nodes(op="placeholder")):
         if node in written or not is_tensor(node):
@@ -63,6 +63,11 @@ def contents_of(gm: fx.GraphModule, names: Mapping[str, str] | None = None) -> C
         elif not value.is_floating_point() and not value.is_complex():
             ids[position] = source or str(node.target)
     return Contents(ids, weights)
+
+
+def _first(node: fx.Node) -> Iterator[fx.Node]:
+    """What an op that writes in place writes to: a node, or a list of them."""
+    return iter_nodes(node.args[:1])
 
 
 def digest(hashes: Mapping[str, Mapping[str, str]]) -> str:

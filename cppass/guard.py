@@ -114,17 +114,12 @@ def compare(
 
 def _other_values(ranks: list[int], kind: str, names: list[str]) -> PeerError:
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    meant = "; check_inputs=False where they are meant to differ"
     if kind == "weights":
-        return PeerError(
-            "CP609",
-            f"ranks {ranks} have other weights than rank 0: {shown}",
-            "load the same checkpoint on every rank; before random weights call torch.manual_seed with the same number",
-        )
-    return PeerError(
-        "CP601",
-        f"ranks {ranks} were handed other token ids or positions than rank 0: {shown}",
-        "hand every rank the same inputs: broadcast them from rank 0, and seed samplers alike",
-    )
+        why = f"ranks {ranks} have other weights than rank 0: {shown}"
+        return PeerError("CP609", why, f"load the same checkpoint, or seed random weights alike, on every rank{meant}")
+    why = f"ranks {ranks} were handed other token ids or positions than rank 0: {shown}"
+    return PeerError("CP601", why, f"broadcast the inputs from rank 0, and seed samplers alike{meant}")
 
 
 def _odd(said: Sequence[Said], field: str) -> list[int]:

@@ -53,9 +53,9 @@ def replicated(reach: Propagation) -> tuple[Replicated, ...]:
             continue  # inputs; row numbers, masks, slots
         source = node.all_input_nodes[0] if node.target is operator.getitem else node
         before = list(_before(node, reach))
-        products = sum(is_matmul(x) and not contraction_is_one(x) for x in before)
+        products = sum(_is_dear(x) for x in before if x is not node)
         unknown = rule_of(source) is None and any(x.op == "placeholder" and _is_float(x) for x in before)
-        if products or unknown:
+        if products or _is_dear(node) or unknown:
             found.append(Replicated(source, products))
     return tuple({each.node: each for each in found}.values())
 
@@ -83,6 +83,10 @@ def _before(node: fx.Node, reach: Propagation) -> Iterator[fx.Node]:
         new = [x for x in current.all_input_nodes if x not in seen and is_tensor(x) and not reach.ways.get(x)]
         seen.update(new)
         waiting += new
+
+
+def _is_dear(node: fx.Node) -> bool:
+    return is_matmul(node) and not contraction_is_one(node)
 
 
 def _is_float(node: fx.Node) -> bool:

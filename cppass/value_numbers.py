@@ -118,7 +118,7 @@ def _select(node: fx.Node, numbers: Sequence[int], values: Values) -> Hashable:
     """Row 0 of rows 7 to 9 of x is row 7 of x."""
     dim, index = argument(node, 1, "dim") % (len(shape_of(node)) + 1), values.frozen(argument(node, 2, "index"))
     source, cut, first = values.cuts.get(numbers[0], (numbers[0], dim, 0))
-    if cut == dim and isinstance(index, int) and index >= 0:
+    if cut == dim and isinstance(index, int) and index >= 0 and isinstance(first, (int, sympy.Expr)):
         return "row", source, dim, first + index
     return "row", numbers[0], dim, index
 
