@@ -13,6 +13,7 @@ from faults.ranks import run_ranks
 
 pytestmark = pytest.mark.timeout(300)
 SHORT = {"killed_before_compiling": 5, "raises_and_ends": 5, "hangs_in_the_middle": 6}  # timeouts of the group
+LOADED = 2  # compiling, which is part of the seconds below, takes longer on a machine with other work
 KILLED = (signal.SIGKILL.name, 0.0)
 
 # what happens to rank 1: (what rank 0 must say, within seconds), (what rank 1 must say or the signal it died of, ...)
@@ -44,7 +45,7 @@ def test_every_rank_ends_in_time_and_says_why(name: str) -> None:
             assert ended.signal == signal.SIGKILL
         else:
             assert words in ended.text
-            assert ended.seconds < seconds
+            assert ended.seconds < LOADED * seconds
     if name == "killed_in_the_middle_of_a_prefill":
         assert ranks[0].result == {"code": "CP608", "committed rows unchanged": True}
     elif name == "killed_at_decode":
