@@ -281,6 +281,10 @@ RULES: dict[Any, Rule] = {
     aten.scatter.src: AxisRule(_scatter),
     aten.scatter.value: AxisRule(_scatter),
     aten.flip.default: AxisRule(same_axes(lambda node, ndim: list(argument(node, 1, "dims"))), moves=True),
+    aten.roll.default: AxisRule(
+        same_axes(lambda node, ndim: list(argument(node, 2, "dims", ()) or range(ndim))), moves=True
+    ),
+    aten.glu.default: AxisRule(same_axes(lambda node, ndim: [argument(node, 1, "dim", -1)])),
     aten.cumprod.default: AxisRule(same_axes(_dim(1))),
     aten.view_as_complex.default: AxisRule(moved_axes(lambda node, ndim: list(range(ndim - 1)))),
     aten.view_as_real.default: AxisRule(moved_axes(lambda node, ndim: [*range(ndim), None])),

@@ -169,6 +169,12 @@ AXES = [
     call(aten.constant_pad_nd.default, x(T, 4), [0, 0, 0, 3]),
     call(aten.flip.default, x(T, 4), [1]),
     call(aten.flip.default, x(T, 4), [0]),
+    call(aten.roll.default, x(T, 4), [1], [1]),
+    call(aten.roll.default, x(T, 4), [1], [0]),
+    call(aten.roll.default, x(T, 4), [1]),
+    call(aten.glu.default, x(T, 4)),
+    call(aten.glu.default, x(4, T), 0),
+    call(aten.glu.default, x(4, T), 1),
     call(aten.view_as_complex.default, x(2, T, 2)),
     call(aten.view_as_real.default, torch.complex(x(2, T), x(2, T))),
 ]

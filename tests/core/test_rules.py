@@ -245,7 +245,7 @@ def test_ops_that_mix_tokens_are_refused(op: Any, slot: int, dim: int) -> None:
         (aten.max.default, False),  # the greatest of all elements
         (aten.rrelu.default, False),  # tagged pointwise, but random
         (aten.rand_like.default, False),
-        (aten.roll.default, False),
+        (aten.cummax.default, False),
     ],
 )
 def test_torch_tags_say_what_is_pointwise(op: Any, known: bool) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 import cppass
 from cppass.runner import Bucket, StepPlan
 
-SPARE = 8  # pages that no sequence has: the op wants a page in the cache for each that padding sequences count
+SPARE = 20  # pages that no sequence has: the op wants a page in the cache for each that padding sequences count
 OF_ALL_ROWS = {
     "position",
     "given flags",
