@@ -75,7 +75,7 @@ class _Rewriter(Builder):
                 self.full_nodes[node] = copied
                 self._remember_size(node, copied)
             elif node.op == "output":
-                self.new.output(fx.map_arg(node.args[0], self.full))
+                self.new.output(fx.map_arg(node.args[0], lambda x: self._as_dense(x, self.full(x))))
             elif node.op == "get_attr" or (node.op == "call_function" and not is_tensor(node)):
                 if node.users or node.op == "call_function":
                     self.full(node)

@@ -68,7 +68,9 @@ SMOOTH: dict[str, Step] = {
     "scattered": lambda x, given, a: torch.zeros_like(x).scatter(
         1, given.order(x.shape[1])[None, :, None].expand(x.shape), x
     ),
-    "added by index": lambda x, given, a: torch.zeros_like(x).index_add(1, given.integers(2, x.shape[1]), x),
+    "added by index": lambda x, given, a: torch.zeros_like(x).index_add(
+        1, given.integers(min(2, x.shape[1]), x.shape[1]), x
+    ),
     "put": lambda x, given, a: torch.zeros_like(x).index_put((torch.tensor([0]), given.order(x.shape[1])), x[0]),
     "tokens as features": lambda x, given, a: x.transpose(1, 2).reshape(x.shape),
     "batch and tokens": lambda x, given, a: x.reshape(1, -1, x.shape[2]).flip(1).view(x.shape),
