@@ -19,8 +19,8 @@ from fuzz.masks import ADDED, MASKS, PLAIN
 from fuzz.mixing import MIXING
 from fuzz.mixing import SHARP as SHARP_MIXING
 from fuzz.ropes import ANGLES, TURNS
+from fuzz.tail import AMPLIFYING, TAIL, tail_step
 from fuzz.tail import SHARP as SHARP_TAIL
-from fuzz.tail import TAIL, tail_step
 from fuzz.tokenwise import SHARP as SHARP_STEPS
 from fuzz.tokenwise import TOKENWISE, rms_norm
 from hypothesis import strategies as st
@@ -218,8 +218,8 @@ def _jumps(program: Program) -> bool:
     names = {name for layer in program.layers for name, _ in (*layer.before, *layer.after)}
     forms = {layer.attention.form for layer in program.layers}
     experts = {layer.feed_forward for layer in program.layers}
-    tail = {name for name, _, _ in program.tail}
-    return bool(names & SHARP or forms & SHARP_FORMS or experts & SHARP_EXPERTS.keys() or tail & SHARP_TAIL.keys())
+    tail = {name for name, _, _ in program.tail} & (SHARP_TAIL.keys() | AMPLIFYING)
+    return bool(names & SHARP or forms & SHARP_FORMS or experts & SHARP_EXPERTS.keys() or tail)
 
 
 assert not KNOWN.keys() & STRANGE.keys() and set(FORMS) == {*KNOWN, *STRANGE}

@@ -70,6 +70,8 @@ SHARP: dict[str, Step] = {
 }
 
 TAIL: dict[str, Step] = SMOOTH | SHARP
+AMPLIFYING = {"softmax"}
+"""Steps that make much of little: of values of 30 in bfloat16, whose rounding is 0.1, softmax has no digit right."""
 
 
 def tail_step(name: str, x: Tensor, dim: int, a: int) -> Tensor:
