@@ -22,7 +22,7 @@ from cppass.errors import CPError, CPWarning, InternalError, OptionError, PeerEr
 from cppass.fingerprint import fingerprint
 from cppass.guard import agreed, agreed_once, varying_inputs
 from cppass.logs import log_graph
-from cppass.party import party_of
+from cppass.party import Party, party_of
 from cppass.pipeline import rewrite_graph
 from cppass.ranks import ranks_of
 from cppass.report import LEFT_ALONE, REFUSED, REWRITTEN, Report, record
@@ -102,18 +102,26 @@ def compile_graph(
     _check_devices(gm, name)
     target = load(name)
     party = party_of(ranks, config.agreement_timeout) if report.takes_part else None
-    mark = fingerprint(gm.graph, report.what, config) if party else None
-    varying, contents = varying_inputs(gm, input_names), contents_of(gm, input_names)
+    agree = _agreement(gm, report, config, party, input_names) if party else None
     if report.status == REWRITTEN:
         target.lower(gm, ranks, config)
         log_graph("lowered", gm.graph)
     run = target.compile(gm, example_inputs, inner)
-    if party and mark:
-        shared = report.status == REWRITTEN
-        run = agreed(run, party, mark, varying, contents, config) if shared else agreed_once(run, party, mark)
+    run = agree(run) if agree else run
     if report.status == REWRITTEN and config.inputs == "sharded":
         return check_steps(run, (ranks.cp_size, ranks.rank, config.remainder or "balanced"), party)
     return run
+
+
+def _agreement(
+    gm: fx.GraphModule, report: Report, config: CPConfig, party: Party, input_names: Mapping[str, str] | None
+) -> Callable[[Compiled], Compiled]:
+    """What puts the agreement in front of what runs this graph, which is not lowered yet: no rank is in it."""
+    mark = fingerprint(gm.graph, report.what, config)
+    if report.status != REWRITTEN:
+        return lambda run: agreed_once(run, party, mark)
+    varying, contents = varying_inputs(gm, input_names), contents_of(gm, input_names)
+    return lambda run: agreed(run, party, mark, varying, contents, config)
 
 
 def _relaxed(config: CPConfig) -> Iterator[str]:

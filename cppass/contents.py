@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,7 +51,7 @@ def contents_of(gm: fx.GraphModule, names: Mapping[str, str] | None = None) -> C
     Args:
         names: what the model calls the inputs, by placeholder; without them no input is known to be a weight.
     """
-    written = {x for node in gm.graph.nodes if node.op == "call_function" and writes(node) for x in _first(node)}
+    written = {x for node in gm.graph.nodes if writes(node) for x in iter_nodes(node.args[:1])}
     ids, weights = {}, {}
     for position, node in enumerate(gm.graph.find_nodes(op="placeholder")):
         if node in written or not is_tensor(node):
@@ -63,11 +63,6 @@ def contents_of(gm: fx.GraphModule, names: Mapping[str, str] | None = None) -> C
         elif not value.is_floating_point() and not value.is_complex():
             ids[position] = source or str(node.target)
     return Contents(ids, weights)
-
-
-def _first(node: fx.Node) -> Iterator[fx.Node]:
-    """What an op that writes in place writes to: a node, or a list of them."""
-    return iter_nodes(node.args[:1])
 
 
 def digest(hashes: Mapping[str, Mapping[str, str]]) -> str:

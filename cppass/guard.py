@@ -52,11 +52,8 @@ def agreed(
     def hashes(inputs: Sequence[Any]) -> dict[str, dict[str, str]]:
         first = not met and config.check_inputs is not False
         ids = (first or config.check_inputs is True) and config.inputs == "replicated"
-        try:
+        with party.told():
             return contents.hashes(inputs, ids, weights=first)
-        except Exception as error:
-            party.fail(error)  # the others wait for this rank's words
-            raise
 
     def told(*args: Any) -> Any:
         try:

@@ -363,6 +363,11 @@ def contraction_is_one(node: fx.Node) -> bool:
     return static(factors(node)[0].meta["val"].shape[-1]) == 1
 
 
+def is_heavy(node: fx.Node) -> bool:
+    """A matrix product that is worth sharing: no outer product."""
+    return is_matmul(node) and not contraction_is_one(node)
+
+
 def row_selection(node: fx.Node, state: Tokens) -> tuple[int, int] | None:
     """(start, count) where the node keeps a fixed number of rows of the token axis (the last token), else None.
 

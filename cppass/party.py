@@ -121,6 +121,15 @@ class Party:
         self._step += 1
         self._say_failed(error)
 
+    @contextlib.contextmanager
+    def told(self) -> Iterator[None]:
+        """Whatever is raised in here, before this rank spoke, the others hear of: they wait for its words."""
+        try:
+            yield
+        except Exception as error:
+            self.fail(error)
+            raise
+
     def break_off(self, error: Exception) -> Exception:
         """Tell the others that a step ended in an error here; what to raise for it.
 

@@ -17,7 +17,7 @@ from torch import fx
 
 from cppass.errors import Refusal
 from cppass.explain_node import op_of, refuse
-from cppass.op_rules import contraction_is_one, is_matmul, rule_of
+from cppass.op_rules import is_heavy, rule_of
 from cppass.rules import is_tensor
 from cppass.shard import Propagation
 
@@ -49,14 +49,14 @@ def replicated(reach: Propagation) -> tuple[Replicated, ...]:
     """Where tokens enter behind work: ops without a rule, and any op behind a matrix product."""
     found = []
     for node in reach.seeds:
-        if node.op != "call_function" or not node.meta["val"].is_floating_point():
+        if node.op != "call_function" or not _is_float(node):
             continue  # inputs; row numbers, masks, slots
         source = node.all_input_nodes[0] if node.target is operator.getitem else node
         before = list(_before(node, reach))
-        products = sum(_is_dear(x) for x in before if x is not node)
-        unknown = rule_of(source) is None and any(x.op == "placeholder" and _is_float(x) for x in before)
-        if products or _is_dear(node) or unknown:
-            found.append(Replicated(source, products))
+        each = Replicated(source, sum(is_heavy(x) for x in before if x is not node))
+        of_floats = any(x.op == "placeholder" and _is_float(x) for x in before)
+        if each.products or is_heavy(node) or (each.unknown and of_floats):
+            found.append(each)
     return tuple({each.node: each for each in found}.values())
 
 
@@ -83,10 +83,6 @@ def _before(node: fx.Node, reach: Propagation) -> Iterator[fx.Node]:
         new = [x for x in current.all_input_nodes if x not in seen and is_tensor(x) and not reach.ways.get(x)]
         seen.update(new)
         waiting += new
-
-
-def _is_dear(node: fx.Node) -> bool:
-    return is_matmul(node) and not contraction_is_one(node)
 
 
 def _is_float(node: fx.Node) -> bool:

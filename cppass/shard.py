@@ -15,7 +15,7 @@ from torch import fx
 
 from cppass.match import matcher_of
 from cppass.match.kv import write_of
-from cppass.op_rules import contraction_is_one, is_matmul, rule_of
+from cppass.op_rules import is_heavy, rule_of
 from cppass.rules import Transfer, is_tensor, shape_of, tensor_operands
 from cppass.site import AttentionSite, Rewrite
 from cppass.tokens import Counts, Size, State, Tokens, size_of
@@ -66,8 +66,7 @@ def propagate(graph: fx.Graph, sites: tuple[AttentionSite, ...]) -> Propagation:
         elif operands:
             ways[node] = _ways(node, operands, ways, seeds, tokens)
         carries = bool(ways.get(node)) or any(_states(x, ways, seeds) for x in operands)
-        heavy = is_matmul(node) and carries and not contraction_is_one(node)
-        if node in site_of or heavy or any(x in trunk for x in operands):
+        if node in site_of or (carries and is_heavy(node)) or any(x in trunk for x in operands):
             trunk.add(node)
     unreached = {node: states for node, states in seeds.items() if not ways.get(node)}
     return Propagation(tokens, {n: w for n, w in ways.items() if w}, unreached, frozenset(trunk))

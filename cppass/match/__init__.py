@@ -15,7 +15,7 @@ from cppass.fused_op import OPS
 from cppass.match.eager import match_eager, scores_are_given
 from cppass.match.fused import match_fused
 from cppass.match.sdpa import match_flash_for_cpu, match_sdpa
-from cppass.op_rules import contraction_is_one, factors, is_matmul
+from cppass.op_rules import factors, is_heavy
 from cppass.registry import registered_form, registered_rule
 from cppass.rules import is_tensor, name_of, shape_of
 from cppass.site import AttentionSite
@@ -148,7 +148,7 @@ def outside_notes(graph: fx.Graph) -> tuple[str, ...]:
 
 def _is_batched_product(node: fx.Node) -> bool:
     """As attention makes its scores and its output; so do batched experts. Outer products (rope's angles) are none."""
-    return is_matmul(node) and not contraction_is_one(node) and all(len(shape_of(x)) > 2 for x in factors(node))
+    return is_heavy(node) and all(len(shape_of(x)) > 2 for x in factors(node))
 
 
 def _looks_like_attention(node: fx.Node) -> Refusal | None:

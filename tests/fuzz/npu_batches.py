@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from fuzz.check import Case
 from fuzz.inputs import Inputs
-from fuzz.programs import DTYPES, SHARP, STEPS, Named, steps
+from fuzz.programs import DTYPES, SHARP, Named, stepped, steps
 from hypothesis import strategies as st
 from npu.fused_snippets import MASK, WRITES, Snippet, dense, paged, rand
 from torch import Tensor
@@ -77,10 +77,10 @@ def case_of(batch: Batch) -> Case:
     count = len(snippet.inputs)
 
     def run(inputs: Inputs, x: Tensor, *rest: Tensor) -> list[Tensor]:
-        x = _stepped(batch.before, x, inputs)
+        x = stepped(batch.before, x, inputs)
         seen = snippet.run(x, *rest)
         out, *others = seen if isinstance(seen, (tuple, list)) else (seen,)
-        return [_stepped(batch.after, out, inputs), *others]
+        return [stepped(batch.after, out, inputs), *others]
 
     own = tuple(x.clone() for x in snippet.inputs)
     first = Inputs(dtype=DTYPES[batch.dtype])
@@ -92,16 +92,6 @@ def case_of(batch: Batch) -> Case:
         batch.cp_size,
         {"attention_calls": batch.calls},
     )
-
-
-def _stepped(named: tuple[Named, ...], x: Tensor, given: Inputs) -> Tensor:
-    """Steps on [T, F] or [B, S, F]; other shapes stay as they are."""
-    if x.dim() > 3 or not named:
-        return x
-    rows = x if x.dim() == 3 else x[None]
-    for name, choice in named:
-        rows = STEPS[name](rows, given, choice)
-    return rows if x.dim() == 3 else rows[0]
 
 
 # -- drawing one -------------------------------------------------------------------------------------------------------

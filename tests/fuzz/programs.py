@@ -124,13 +124,21 @@ def case_of(program: Program) -> Case:
 IN_PLACE = {"index_copy_", "index_put_", "slice assigned", "narrow, copy_", "filled rows", "heads behind"}
 
 
+def stepped(named: tuple[Named, ...], x: Tensor, given: Inputs) -> Tensor:
+    """Steps on [B, S, F] or [S, F]; other shapes stay as they are."""
+    if x.dim() > 3 or not named:
+        return x
+    rows = x if x.dim() == 3 else x[None]
+    for name, choice in named:
+        rows = STEPS[name](rows, given, choice)
+    return rows if x.dim() == 3 else rows[0]
+
+
 def _layer(layer: Layer, x: Tensor, given: Inputs) -> tuple[Tensor, list[Tensor]]:
-    for name, choice in layer.before:
-        x = STEPS[name](x, given, choice)
+    x = stepped(layer.before, x, given)
     out, caches = attend(layer.attention, rms_norm(x, given), given)
     x = x + out @ given.weight(out.shape[-1], x.shape[-1])
-    for name, choice in layer.after:
-        x = STEPS[name](x, given, choice)
+    x = stepped(layer.after, x, given)
     if layer.feed_forward:
         x = x + FEED_FORWARD[layer.feed_forward](rms_norm(x, given), given, 0)
     return x, caches

@@ -10,7 +10,7 @@ import dataclasses
 import torch
 from fuzz.inputs import Inputs
 from fuzz.mixing import MIXING
-from fuzz.programs import SHARP, STEPS, Named
+from fuzz.programs import SHARP, Named, stepped
 from fuzz.tokenwise import TOKENWISE
 from hypothesis import strategies as st
 from runner.batches import Batch, batch_of
@@ -74,15 +74,8 @@ class Step:
     def run(self, given: Inputs, plan: StepPlan, x: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
         """The last row of each sequence."""
         layer = Layer(*tensors)
-        out = attend(_stepped(self.before, x, given), layer, plan, packed=self.packed, kv_lens=plan.cu_kv)
-        return _stepped(self.after, out, given).index_select(0, layer.last - 1)
-
-
-def _stepped(named: tuple[Named, ...], x: Tensor, given: Inputs) -> Tensor:
-    rows = x[None]
-    for name, choice in named:
-        rows = STEPS[name](rows, given, choice)
-    return rows[0]
+        out = attend(stepped(self.before, x, given), layer, plan, packed=self.packed, kv_lens=plan.cu_kv)
+        return stepped(self.after, out, given).index_select(0, layer.last - 1)
 
 
 def outcome(step: Step) -> str:
